@@ -98,18 +98,22 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
     cache = KVCache(config, len(prompts), room, device, weight.dtype)
     # a row ends at max_new_tokens, at an ending token, or where the context is full
     left = [min(max_new_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
-    tokens = None
+    drawn, tokens = 0, None
     while any(left):
         with torch.inference_mode():                                         # not around the yield: the caller's code is its own
-            logits = prefill(model, prompts, cache) if tokens is None else decode_one(model, tokens, cache)
+            if drawn == 0:
+                logits = prefill(model, prompts, cache)
+            else:
+                cache.end = max(len(prompt) for prompt, n in zip(prompts, left) if n) + drawn - 1
+                logits = decode_one(model, tokens, cache)
             tokens = draw(logits, temperature, top_k, top_p, generator)
+        drawn += 1
         new = [token if n else None for token, n in zip(tokens.tolist(), left)]
         yield new
-        left = [0 if token is None or token in ends else n - 1 for token, n in zip(new, left)]
-        if cache.end >= room:                                                # rows that go on have ended: only padding grew
-            cache.end = int(cache.lengths.max())
-            if cache.end >= room:
-                return
+        ended = [n > 0 and (token in ends or n == 1) for token, n in zip(new, left)]
+        left = [0 if over else max(n - 1, 0) for over, n in zip(ended, left)]
+        if any(ended):                                                       # its row computes on, from the start of its cache
+            cache.lengths *= torch.tensor([n > 0 for n in left], device=device)
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,

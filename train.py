@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +71,7 @@ class Settings:
     # how long: one of three
     steps: int = flag(int, None, "number of optimizer steps")
     tokens: float = flag(float, None, "number of tokens, such as 1e9; rounded up to whole steps")
-    max_seconds: float = flag(float, None, "seconds of training by the clock (none of the three: 120)")
+    max_seconds: float = flag(float, None, "seconds of training by the clock (none of the three: 120; on a GPU four epochs)")
     # how
     batch_tokens: int = flag(int, None, "tokens per optimizer step, over all ranks; none: 2048 on a CPU, 65536 on a GPU")
     micro_batch_size: int = flag(int, None, "sequences per forward pass on a rank; the rest is accumulated")
@@ -608,7 +607,7 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     s = replace(settings)
     gpu = device.type == "cuda"
     s.batch_tokens = s.batch_tokens if s.batch_tokens is not None else 65536 if gpu else 2048
-    if s.steps is None and s.tokens is None and s.max_seconds is None:
+    if s.steps is None and s.tokens is None and s.max_seconds is None and not gpu:
         s.max_seconds = 120.0
     if s.init_from is None:
         s.preset = s.preset or ("mini" if gpu else "tiny")
@@ -767,6 +766,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if (largest := data.largest()) >= config.vocab_size:
             raise ValueError(f"{data.path} holds the token {largest}, beyond the model's vocabulary of {config.vocab_size}; "
                              "was it made with another tokenizer?")
+    if s.steps is None and s.tokens is None and s.max_seconds is None:
+        s.tokens = 4.0 * len(training.tokens)                            # more epochs teach little (arXiv 2305.16264)
     batch, micro = split_batch(s, length, ranks.count, 32 if device.type == "cuda" else 8)
     share = batch // ranks.count                                         # sequences of a batch that this rank sees
     by_clock = s.max_seconds is not None
@@ -823,52 +824,52 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
                 raise OSError(f"step {step} could not be saved: {describe(error)}. {last_checkpoint(out)}") from None
         meter.mark = time.perf_counter()
 
-    while True:
-        # rank 0's clock and anybody's signal hold for all, or the ranks would leave the loop at different steps
-        stop, seconds = ranks.agree(interrupt.signal or -(step == s.stop_after), clock() if first else 0)
-        before, position = position, seconds if by_clock else step
-        bar.update(min(int(position), round(total)) - bar.n)
-        if position >= total or stop:
-            break
-        due = lambda every: step % every == 0 and step > 0 if every else int(10 * position / total) > int(10 * before / total)
-        if due(s.eval_every):
-            meter.catch_up()
-            meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
-        if due(s.save_every):
-            save()
+    with bar:                                                            # closed before an error is told
+        while True:
+            # rank 0's clock and anybody's signal hold for all, or the ranks would leave the loop at different steps
+            stop, seconds = ranks.agree(interrupt.signal or -(step == s.stop_after), clock() if first else 0)
+            before, position = position, seconds if by_clock else step
+            bar.update(min(int(position), round(total)) - bar.n)
+            if position >= total or stop:
+                break
+            due = lambda every: step % every == 0 and step > 0 if every else int(10 * position / total) > int(10 * before / total)
+            if due(s.eval_every):
+                meter.catch_up()
+                meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
+            if due(s.save_every):
+                save()
 
-        # a step's rate is taken at its middle, so that neither the first nor the last is zero
-        middle = position + (meter.durations[-1] / 2 if by_clock and meter.durations else 0 if by_clock else 0.5)
-        rate = learning_rate(middle, total, s.learning_rate, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
-        loss = torch.zeros((), device=device)
-        for i in range(0, share, micro):
-            tokens, targets = training.batch(step * batch + ranks.rank * share + i, micro)
-            tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            last = i + micro == share
-            with nullcontext() if last or ranks.count == 1 else parallel.no_sync():
-                with autocast():
-                    part = forward(tokens, targets) * (micro / share)
-                part.backward()
-            loss += part.detach()
-        if ranks.count > 1:
-            parallel.finish_gradient_synchronization()
-            dist.all_reduce(loss)
-            loss /= ranks.count
-        norm = clip_grad_norm_(model.parameters(), s.clip)
-        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step(skip=bad)
-        optimizer.zero_grad()
-        skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
-        step += 1
-        meter.put(step, rate, loss, norm, skipped)
+            # a step's rate is taken at its middle, so that neither the first nor the last is zero
+            middle = position + (meter.durations[-1] / 2 if by_clock and meter.durations else 0 if by_clock else 0.5)
+            rate = learning_rate(middle, total, s.learning_rate, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
+            loss = torch.zeros((), device=device)
+            for i in range(0, share, micro):
+                tokens, targets = training.batch(step * batch + ranks.rank * share + i, micro)
+                tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                last = i + micro == share
+                with nullcontext() if last or ranks.count == 1 else parallel.no_sync():
+                    with autocast():
+                        part = forward(tokens, targets) * (micro / share)
+                    part.backward()
+                loss += part.detach()
+            if ranks.count > 1:
+                parallel.finish_gradient_synchronization()
+                dist.all_reduce(loss)
+                loss /= ranks.count
+            norm = clip_grad_norm_(model.parameters(), s.clip)
+            bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step(skip=bad)
+            optimizer.zero_grad()
+            skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
+            step += 1
+            meter.put(step, rate, loss, norm, skipped)
 
-    meter.catch_up()
-    if position >= total:
-        meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, None, ranks.rank, ranks.count))
-    save()
-    bar.close()
+        meter.catch_up()
+        if position >= total:
+            meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, None, ranks.rank, ranks.count))
+        save()
     if ranks.count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -959,7 +960,7 @@ def main():
     rank = int(os.environ.get("RANK", 0))
 
     def fail(code, error):
-        if rank == 0:                                                    # the others fail the same way; one line is enough
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:                    # its neighbours fail the same way; one line is enough
             print(f"train.py: {describe(error)}", file=sys.stderr, flush=True)
         sys.exit(code)
 

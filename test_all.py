@@ -1,0 +1,1812 @@
+"""
+The tests, in the order of the pipeline: each one behaviour, its name the sentence, its expected value from elsewhere (a
+formula worked by hand, a slow reference written here, a published number, another library).
+
+    python test_all.py            # the same as python -m pytest test_all.py; about two minutes on two cores
+
+Tests against other libraries (transformers, tokenizers, tiktoken, safetensors) and against data in ../shared/data skip
+where those are missing. Everything is written to temporary folders.
+"""
+import builtins
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+import torch.nn.functional as F
+
+import bpe
+import data
+import model as model_file
+import sample
+import train
+from model import (PRESETS, Config, KVCache, Ops, Transformer, apply_rope, attention, attention_reference, cross_entropy,
+                   flops_by_component, flops_per_token, linear_cross_entropy, load_pretrained, load_safetensors, memory_bytes,
+                   num_parameters, rms_norm, rope_tables, save_pretrained, save_safetensors, softmax, swiglu)
+from sample import filter_logits, generate
+from train import AdamW, TokenDataset, clip_grad_norm_, learning_rate, permute
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared" / "data"
+EOT = "<|endoftext|>"
+
+
+def run(*command, cwd=None, **environment):
+    """A command of the project in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=120,
+                          env={**os.environ, **environment})
+
+
+def call(module, capsys, monkeypatch, *arguments):
+    """A command of the project in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = module.main() or 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(result, *words):
+    """Whether a call ended with exit code 2 and one line on standard error that holds all of `words`."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, (code, err)
+    missing = [word for word in words if str(word) not in lines[0]]
+    assert not missing, (missing, lines[0])
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# data.py
+
+def run_data(*args, cwd=None, script=HERE / "data.py", **environment):
+    return subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, **environment})
+
+
+def texts_of(path):
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def expected_side(text, val_fraction=0.1):
+    return "val" if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 < val_fraction else "train"
+
+
+def sided_texts(count, side):
+    """`count` short texts whose hash puts them on `side`."""
+    texts = (f"the text number {i}" for i in range(10_000))
+    return [text for text in texts if expected_side(text) == side][:count]
+
+
+@pytest.fixture(scope="module")
+def local_corpus(tmp_path_factory):
+    """data.py alone in an empty folder, run bare there, under a hash seed of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(HERE / "data.py", folder)
+    result = run_data(cwd=folder, script="data.py", PYTHONHASHSEED="7")
+    assert result.returncode == 0, result.stderr
+    return folder / "corpus" / "local", result
+
+
+# --- the local corpus
+
+def test_data_alone_in_a_folder_builds_megabytes_of_text(local_corpus):
+    folder, result = local_corpus
+    train, val = texts_of(folder / "train.jsonl"), texts_of(folder / "val.jsonl")
+    assert sum(map(len, train)) > 5_000_000 and sum(map(len, val)) > 100_000
+    assert 0.03 < len(val) / (len(train) + len(val)) < 0.2
+    sources = {json.loads(line)["source"].split("/")[0] for line in open(folder / "train.jsonl", encoding="utf-8")}
+    assert sources == {"docstrings", "stdlib", "topics"}
+    assert result.stderr == "" and os.path.join("corpus/local", "train.jsonl") in result.stdout
+    digest = hashlib.sha256("".join(text + "<|endoftext|>" for text in train + val).encode()).hexdigest()
+    assert digest in result.stdout  # the printed hash can be computed from the files
+
+
+def test_local_corpus_is_the_same_in_every_process(local_corpus, tmp_path):
+    data.build_local(tmp_path)
+    assert contents(tmp_path) == contents(local_corpus[0])  # no other file either
+
+
+def test_local_documents_are_distinct_and_stand_where_their_hash_says(local_corpus):
+    seen = set()
+    for side in ("train", "val"):
+        for text in texts_of(local_corpus[0] / f"{side}.jsonl"):
+            assert expected_side(text) == side
+            folded = " ".join(text.split())
+            assert folded not in seen
+            seen.add(folded)
+
+
+def test_local_corpus_leaves_out_tests_tables_and_packages(local_corpus):
+    folder, _ = local_corpus
+    sources = {json.loads(line)["source"] for side in ("train", "val")
+               for line in open(folder / f"{side}.jsonl", encoding="utf-8")}
+    assert {"stdlib/asyncio/tasks.py", "stdlib/argparse.py", "topics/assert", "docstrings/math"} <= sources
+    assert not sources & {"stdlib/encodings/cp437.py", "stdlib/html/entities.py", "stdlib/stringprep.py"}
+    assert not [name for name in sources if {"test", "tests", "site-packages", "idlelib"} & set(name.split("/"))]
+
+
+def test_filter_table_adds_up(local_corpus, tmp_path):
+    report = data.build_local(tmp_path)
+    rows = report["filters"]
+    for before, after in zip(rows, rows[1:]):
+        assert (before["documents_out"], before["bytes_out"]) == (after["documents_in"], after["bytes_in"])
+    train, val = texts_of(tmp_path / "train.jsonl"), texts_of(tmp_path / "val.jsonl")
+    assert rows[-1]["documents_out"] == len(train) + len(val)
+    assert rows[-1]["bytes_out"] == sum(len(text.encode()) for text in train + val)
+
+
+def test_docstring_documents_read_like_documentation():
+    text = data.docstrings(math)
+    assert "\nmath.atan2(y, x, /)\n    Return the arc tangent (measured in radians) of y/x.\n" in text
+    text = data.docstrings(builtins)
+    assert "\n    fromkeys(iterable, value=None, /)\n        Create a new dictionary with keys from" in text
+    names = [line.split("(")[0] for line in text.split("\n") if line.startswith("class ")]
+    assert len(names) == len(set(names)) > 60
+    assert "class builtins.OSError" in names and "class builtins.IOError" not in names  # two names for one class
+
+
+# --- rules, each by a text on either side of its threshold
+
+def passed(text, *earlier):
+    """What the local rules make of a text after earlier ones: the text, or the name of the rule that dropped it."""
+    table, rules = [], data.local_rules()
+    kept = [row["text"] for row in data.clean(({"text": t} for t in [*earlier, text]), rules, table)]
+    if len(kept) == len(earlier) + 1:
+        return kept[-1]
+    return next(row["rule"] for row in table if row["documents_out"] < row["documents_in"])
+
+
+def prose(words, start=0):
+    return " ".join(f"word{hashlib.md5(str(i).encode()).hexdigest()[:i % 7 + 1]}" for i in range(start, start + words))
+
+
+def test_rule_utf8():
+    text = prose(100)
+    assert passed(text + "\N{GREEK SMALL LETTER ALPHA}\U0001f600") == text + "\N{GREEK SMALL LETTER ALPHA}\U0001f600"
+    assert passed(text + b"\xff".decode("utf-8", "surrogateescape")) == "not UTF-8"
+
+
+def test_rule_length():
+    assert passed("a" * 200) == "a" * 200
+    assert passed("a" * 199).startswith("shorter")
+
+
+def test_rule_tables():
+    # Lines of 10 characters: after the first, "0x..: a_b," has the shape of the line before; the others never do.
+    different = ["(" * i + "x" * (10 - i) for i in range(1, 10)] * 10
+    alike = [f"0x{i:02x}: 'b'," for i in range(100)]
+    assert len(set(map(len, different))) == 1
+    share = lambda n: sum(map(len, alike[1:n])) / sum(map(len, different[:60] + alike[:n]))
+    for n in (30, 34, 40, 60):
+        text = "\n".join(different[:60] + alike[:n])
+        assert data.table_share(text) == pytest.approx(share(n))
+        assert passed(text) == (text if share(n) <= 0.4 else "generated table (share > 0.4)")
+    assert share(30) < 0.4 < share(60)
+
+
+def test_rule_duplicates_folds_white_space():
+    text = prose(100)
+    assert passed("\n" + text.replace(" ", " \t "), text).startswith("duplicate")
+    assert passed(text + " end", text) == text + " end"
+
+
+def test_rule_repeated_paragraphs():
+    licence = "Permission is granted\nto anybody who asks\nfor nothing."
+    pair = "two lines\nare too few"
+    first = f"{licence}\n\n{pair}\n\n{prose(100)}\n"
+    second = f"{prose(50, 500)}\n\n    {licence.replace(chr(10), chr(10) + '    ')}\n\n{pair}\n\n{prose(50, 700)}\n"
+    assert passed(second, first) == f"{prose(50, 500)}\n\n{pair}\n\n{prose(50, 700)}\n"
+    assert passed(first) == first
+    chapter = "\n".join(prose(8 + i % 2, 1000 + 10 * i) for i in range(10))
+    mostly = f"{chapter}\n\n{prose(40)}"  # over half of it stood before: the rest goes too
+    assert passed(mostly, chapter).startswith("paragraph")
+
+
+# --- reading files of documents
+
+def test_reading_text_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\nα\r<|endoftext|>\ntwo <|endoftext<|endoftext|><|endoftext|>".encode())
+    assert list(data.read_documents(tmp_path / "a.txt")) == ["one\r\nα\r", "\ntwo <|endoftext", ""]
+    (tmp_path / "b.md").write_text("no mark at all\n")
+    assert list(data.read_documents(str(tmp_path / "b.md"))) == ["no mark at all\n"]
+
+
+def test_marks_are_found_wherever_a_block_of_the_file_ends(tmp_path):
+    block = 1 << 20
+    for offset in range(0, 16):
+        first = "x" * (block - offset)
+        (tmp_path / "a.txt").write_text(first + "<|endoftext|>tail")
+        assert list(data.read_documents(tmp_path / "a.txt")) == [first, "tail"]
+
+
+def test_reading_rows(tmp_path):
+    rows = ['{"text": "a\\r\\nb", "id": 1}', "", '{"id": 2, "text": "\u2028 <|endoftext|> \U0001f600"}', '{"text": ""}']
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
+    expected = ["a\r\nb", "\u2028 <|endoftext|> \U0001f600", ""]
+    assert list(data.read_documents(tmp_path / "a.jsonl")) == expected
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write(b"\xef\xbb\xbf" + "\n".join(rows).encode())
+    assert list(data.read_documents(tmp_path / "b.jsonl.gz")) == expected
+
+
+# --- build
+
+def test_build_from_all_forms(tmp_path):
+    train, val = sided_texts(6, "train"), sided_texts(3, "val")
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join([train[0], val[0], "  \n", train[1], train[0]]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [train[2], val[1], val[0], ""]))
+    with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
+        file.write(train[3] + "<|endoftext|>" + val[2] + "<|endoftext|>")
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": train[4]}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").write_text("an earlier one")
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
+    result = run_data("build", *files, "--out", tmp_path / "out")
+    assert result.returncode == 0 and result.stderr == ""
+    assert texts_of(tmp_path / "out" / "train.jsonl") == train[:5]
+    assert texts_of(tmp_path / "out" / "val.jsonl") == val
+    assert sorted(contents(tmp_path / "out")) == ["train.jsonl", "val.jsonl"]
+    assert json.loads(open(tmp_path / "out" / "val.jsonl").readline()) == {"text": val[0], "source": "a.txt"}
+
+
+def test_a_corpus_can_be_rebuilt_from_itself(tmp_path):
+    texts = sided_texts(20, "train") + sided_texts(3, "val")
+    data.write_corpus(({"text": text, "source": "x"} for text in texts), tmp_path)
+    before = {side: texts_of(tmp_path / f"{side}.jsonl") for side in ("train", "val")}
+    data.build([tmp_path / "train.jsonl", tmp_path / "val.jsonl"], tmp_path)
+    assert {side: texts_of(tmp_path / f"{side}.jsonl") for side in before} == before
+
+
+@pytest.mark.parametrize("length, fraction", [(1000, 0.1), (997, 0.1), (7, 0.5)])
+def test_one_document_is_cut_by_characters(tmp_path, length, fraction):
+    text = ("first line\r\nséconde ligne\n" * 50)[:length]
+    (tmp_path / "one.txt").write_bytes(text.encode())
+    data.build([tmp_path / "one.txt"], tmp_path / "out", fraction)
+    cut = int(length * (1 - fraction))
+    assert texts_of(tmp_path / "out" / "train.jsonl") == [text[:cut]]
+    assert texts_of(tmp_path / "out" / "val.jsonl") == [text[cut:]]
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+@pytest.mark.parametrize("count", [2, 20])
+def test_few_documents_that_fall_on_one_side_are_still_split(tmp_path, side, count):
+    texts = sided_texts(count, side)
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = by_hash[:1] if side == "train" else by_hash[:-1]
+    data.write_corpus(({"text": text} for text in texts), tmp_path)
+    assert texts_of(tmp_path / "val.jsonl") == [text for text in texts if text in held_out]
+    assert texts_of(tmp_path / "train.jsonl") == [text for text in texts if text not in held_out]
+
+
+def test_the_share_held_out_follows_val_fraction():
+    sides = [data.side_of(f"document {i}", 0.25) for i in range(4000)]
+    assert sides == [expected_side(f"document {i}", 0.25) for i in range(4000)]
+    assert 900 < sides.count("val") < 1100  # 1000 plus or minus 3.6 standard deviations
+
+
+# --- bad input: one line, exit code 2, and everything on disk as it was
+
+BAD_FILES = {
+    "empty.txt": (b"", "empty"),
+    "empty.jsonl": (b"", "empty"),
+    "nul.txt": (b"a text\0 and more", "NUL"),
+    "latin.txt": (b"caf\xe9", "UTF-8"),
+    "blank.txt": (b" \n ", "no documents"),
+    "letter.txt": (b"x", "cannot be split"),
+    "cut.jsonl": (b'{"text": "fine"}\n{"text": "half', "cut.jsonl, line 2"),
+    "list.jsonl": (b'{"text": "fine"}\n\n["text"]\n', "list.jsonl, line 3"),
+    "number.jsonl": (b'{"text": 5}', "number.jsonl, line 1"),
+    "other.jsonl": (b'{"content": "a"}', "other.jsonl, line 1"),
+    "surrogate.jsonl": (b'{"text": "fine"}\n{"text": "\\ud800"}', "surrogate.jsonl, line 2"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}', "UTF-8"),
+    "plain.txt.gz": (b"not compressed", "gzip"),
+    "cut.txt.gz": (gzip.compress(os.urandom(5000).hex().encode())[:-2000], "gzip"),
+    "empty.txt.gz": (gzip.compress(b""), "empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(tmp_path, capsys, name):
+    content, named = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), out)
+    before = contents(out)
+    assert data.main(["build", str(tmp_path / name), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("data.py build: ") and named in error and "[Errno" not in error
+    assert contents(out) == before
+
+
+def test_bad_arguments(tmp_path):
+    good = tmp_path / "good.txt"
+    good.write_text("some text that is long enough to be cut")
+    for args, named in [(["build", tmp_path / "missing.txt", "--out", tmp_path / "o"], "missing.txt"),
+                        (["build", tmp_path, "--out", tmp_path / "o"], "directory"),
+                        (["build", good, "--out", good / "below"], "good.txt"),
+                        (["build", good, "--out", tmp_path / "o", "--val_fraction", "1"], "val_fraction"),
+                        (["--val-fraction", "nan", "--out", tmp_path / "o"], "val_fraction"),
+                        (["--val_fracton", "0.2"], "did you mean --val_fraction?"),
+                        (["build", good, "--outt", "x"], "did you mean --out?"),
+                        (["build"], "FILE"),
+                        (["bulid", good], "bulid")]:
+        result = run_data(*args, cwd=tmp_path)
+        assert result.returncode == 2 and result.stdout == "", args
+        assert result.stderr.count("\n") == 1 and named in result.stderr and result.stderr.startswith("data.py"), args
+    assert good.read_text() == "some text that is long enough to be cut"
+    assert sorted(path.name for path in tmp_path.glob("**/*") if path.is_file()) == ["good.txt"]
+
+
+def test_an_interrupted_build_leaves_the_earlier_pair(tmp_path):
+    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), tmp_path)
+    before = contents(tmp_path)
+
+    def documents():
+        yield from ({"text": text} for text in sided_texts(5, "val") + sided_texts(5, "train"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_corpus(documents(), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_help_goes_to_standard_output():
+    for args in (["-h"], ["build", "-h"]):
+        result = run_data(*args)
+        assert result.returncode == 0 and result.stderr == "" and "--val_fraction" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# bpe.py
+
+GPT2_FILES = SHARED / "gpt2"
+
+
+def slow_bpe(texts, vocab_size, special_tokens):
+    """BPE as its definition says: no counts kept, no words shared, ids never used. Returns the merges."""
+    words = []
+    for text in texts:
+        parts = [text]
+        for special in special_tokens:
+            parts = [piece for part in parts for piece in part.split(special)]
+        for part in parts:
+            words += [[bytes([byte]) for byte in word.encode()] for word in regex.findall(bpe.GPT2_PATTERN, part)]
+    merges = []
+    for _ in range(vocab_size - 256 - len(special_tokens)):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [best[0] + best[1]]
+                i += 1
+    return merges
+
+
+def slow_encode(text, merges):
+    """The ids of our numbering for text without special tokens: each merge in turn, over the whole of every word."""
+    ids = []
+    for word in regex.findall(bpe.GPT2_PATTERN, text):
+        word = list(word.encode())
+        for new, (first, second) in enumerate(merges, 256):
+            spelled = [bytes([id]) if id < 256 else b"".join(merges[id - 256]) for id in word]
+            i = 0
+            while i < len(word) - 1:
+                if spelled[i] == first and spelled[i + 1] == second:
+                    word[i : i + 2], spelled[i : i + 2] = [new], [first + second]
+                i += 1
+        ids += word
+    return ids
+
+
+def random_text(rng, length):
+    """Text of every kind that a tokenizer meets: many scripts, spaces, controls, emoji, and runs of one character."""
+    kinds = [
+        lambda: rng.choice("abcdefghijklmnopqrstuvwxyzABC"), lambda: rng.choice("  \n\t\r\u00a0\u2003\u3000\x85\x1c"),
+        lambda: rng.choice("0123456789²½٣"), lambda: rng.choice(".,;:!?'\"()[]{}<>|_-+=*&^%$#@~`/\\"),
+        lambda: rng.choice(["'s", "'ll", "'T", " the", "ing", EOT, "<|", "👩‍👩‍👧", "🇨🇭", "é", "e\u0301"]),
+        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+        lambda: rng.choice("aé字 \n") * rng.randrange(1, 30),
+    ]
+    return "".join(rng.choice(kinds)() for _ in range(length))
+
+
+def sentences(rng, count):
+    words = "the cat cats sat on mat that hat's don't 42 über naïve 字典 -- a".split()
+    return " ".join(rng.choice(words) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bpe")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+    """A .jsonl of thirty documents, one of them empty and one with special tokens inside."""
+    rng = random.Random(0)
+    texts = [sentences(rng, 60) + "\n" + random_text(rng, 40) for _ in range(28)]
+    texts += ["", f"one{EOT} two <|sep|>\nthree"]
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path, texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return bpe.Tokenizer(*bpe.train_bpe(corpus[0], 500, num_workers=1), [EOT])
+
+
+def gpt2():
+    if not GPT2_FILES.exists():
+        pytest.skip("GPT-2's vocab.json and merges.txt are not here")
+    return bpe.Tokenizer.load(GPT2_FILES)
+
+
+# -- training
+
+
+def test_the_worked_example_of_the_cs336_handout(folder):
+    path = folder / "handout.txt"  # the counts and the six merges printed in the handout; words split at white space
+    path.write_text("low low low low low lower lower widest widest widest newest newest newest newest newest newest")
+    vocab, merges = bpe.train_bpe(path, 256 + 6 + 1, pattern=r"\S+")
+    assert [a + b" " + b for a, b in merges] == [b"s t", b"e st", b"o w", b"l ow", b"w est", b"n e"]
+    assert vocab[97] == b"a" and vocab[256] == b"st" and vocab[262] == EOT.encode() and len(vocab) == 263
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abc ", "aé ", "a\n '", "xyz0 .", "\x00\xff a"])
+def test_merges_equal_those_of_counting_everything_again(folder, alphabet):
+    rng = random.Random(alphabet)
+    for trial in range(6):
+        texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 120))) for _ in range(4)]
+        path = folder / "ties.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        _, merges = bpe.train_bpe(path, 256 + 1 + 40, num_workers=1)
+        assert merges == slow_bpe(texts, 256 + 1 + 40, [EOT])
+
+
+def test_merges_on_mixed_text_equal_the_slow_ones_with_one_worker_and_with_two(corpus, monkeypatch):
+    expected = slow_bpe(corpus[1], 400, ["<|sep|>", EOT])
+    monkeypatch.setattr(bpe, "BLOCK", 500)  # so that this small file is many batches
+    for workers in (1, 2):
+        vocab, merges = bpe.train_bpe(corpus[0], 400, ["<|sep|>", EOT], num_workers=workers)
+        assert merges == expected
+        assert list(vocab.values()) == [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges] + [
+            b"<|sep|>", EOT.encode()]
+
+
+def test_the_textbook_loop_in_the_file_gives_the_fast_ones_merges(corpus):
+    words = Counter(regex.findall(bpe.GPT2_PATTERN, "".join(corpus[1])))
+    assert bpe.learn_merges_textbook(words, 60) == bpe.learn_merges(words, 60)
+
+
+def test_equally_frequent_pairs_go_to_the_greater_pair_of_byte_strings():
+    assert bpe.learn_merges({"ab": 2, "cd": 2, "b": 9}, 1) == [(b"c", b"d")]
+    assert bpe.learn_merges({"aaab": 1}, 2) == [(b"a", b"a"), (b"aa", b"a")]  # then (aa, a) and (a, b), once each
+    keys = [b"", b"a", b"ab", b"abc", b"b", b"\x00", b"a\x00", b"\xff", b"\xff\xff", b"a\xff"]
+    assert sorted(keys, key=bpe.descending) == sorted(keys, reverse=True)
+
+
+def test_a_text_file_gives_the_same_merges_however_it_is_cut_into_blocks(folder, monkeypatch):
+    rng = random.Random(3)
+    texts = [random_text(rng, 300) + sentences(rng, 50) for _ in range(8)]
+    texts = [text.replace(EOT, "").replace("\0", "") for text in texts]
+    path = folder / "blocks.txt"
+    path.write_bytes(EOT.join(texts).encode())
+    expected = slow_bpe(texts, 320, [EOT])
+    for block in (16, 100, 1 << 20):
+        monkeypatch.setattr(bpe, "BLOCK", block)
+        assert bpe.train_bpe([path], 320, num_workers=1)[1] == expected
+
+
+def test_text_that_runs_out_of_pairs_gives_a_smaller_vocabulary_and_one_warning(folder, capsys):
+    path = folder / "short.txt"
+    path.write_text("abab")
+    vocab, merges = bpe.train_bpe(path, 300)
+    assert merges == [(b"a", b"b"), (b"ab", b"ab")] and len(vocab) == 259
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "the text has pairs for 259 tokens only, not for 300"
+
+
+def test_a_vocabulary_too_small_for_the_bytes_and_special_tokens_is_refused(corpus):
+    with pytest.raises(ValueError, match="vocab_size 256 is too small"):
+        bpe.train_bpe(corpus[0], 256)
+    assert len(bpe.train_bpe(corpus[0], 257)[0]) == 257
+
+
+def test_special_tokens_split_the_text_and_are_not_counted(folder):
+    path = folder / "special.jsonl"
+    path.write_text(json.dumps({"text": "<|x|><|x|><|x|>ab<|x|>ab" + EOT}) + "\n")
+    assert bpe.train_bpe(path, 400, [EOT, "<|x|>"])[1] == [(b"a", b"b")]
+
+
+# -- where text may be cut
+
+
+def test_white_space_for_python_covers_white_space_for_the_pattern():
+    for_pattern = regex.findall(r"\s", "".join(map(chr, range(0x110000))))
+    assert len(for_pattern) > 20 and all(map(str.isspace, for_pattern))
+
+
+def test_words_on_both_sides_of_a_cut_are_the_words_of_the_whole():
+    rng, cuts = random.Random(1), 0
+    for _ in range(3000):
+        text = random_text(rng, rng.randrange(1, 12))
+        place = bpe.last_cut(text)
+        cuts += place > 0
+        words = regex.findall(bpe.GPT2_PATTERN, text)
+        assert regex.findall(bpe.GPT2_PATTERN, text[:place]) + regex.findall(bpe.GPT2_PATTERN, text[place:]) == words
+    assert cuts > 500
+
+
+# -- encoding and decoding
+
+
+def test_encoding_equals_applying_each_merge_in_turn(tokenizer):
+    rng = random.Random(5)
+    for text in [sentences(rng, 200)] + [random_text(rng, 20) for _ in range(40)] + ["", "a" * 99, "that" * 50]:
+        assert tokenizer.encode(text, special="text") == slow_encode(text, tokenizer.merges)
+
+
+def test_every_string_survives_the_round_trip(tokenizer):
+    rng = random.Random(2)
+    texts = [random_text(rng, rng.randrange(60)) for _ in range(1500)]
+    texts += ["".join(map(chr, range(256))), "", "\r\n\r", EOT]
+    for text in texts:
+        ids = tokenizer.encode(text, special="text")
+        assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(np.array(ids, np.uint16)) == text.encode()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("") == []
+
+
+def test_special_tokens_are_allowed_read_as_text_or_refused(tokenizer):
+    text = f"a{EOT}{EOT} b"
+    end = tokenizer.special_tokens[EOT]
+    assert tokenizer.encode(text) == [97, end, end] + tokenizer.encode(" b")
+    assert end == tokenizer.eot == 499 and end not in tokenizer.encode(text, special="text")
+    with pytest.raises(ValueError, match="holds the special token '<|endoftext|>'".replace("|", r"\|")):
+        tokenizer.encode(text, special="error")
+    with pytest.raises(ValueError, match="special='yes'"):
+        tokenizer.encode(text, special="yes")
+    assert tokenizer.encode("a", special="error") == [97]
+
+
+def test_of_special_tokens_that_begin_alike_the_longest_is_taken(tokenizer):
+    names = [EOT, EOT + EOT, "<|a", "<|a|>", " <|a|> "]
+    several = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, names)
+    ids = several.special_tokens
+    assert ids == {EOT: 499, EOT * 2: 500, "<|a": 501, "<|a|>": 502, " <|a|> ": 503} and len(several) == 504
+    assert several.encode(f"<|a|><|a|{EOT * 3}<|a|> x") == [
+        ids["<|a|>"], ids["<|a"], ord("|"), ids[EOT * 2], ids[EOT], ids["<|a|>"]] + tokenizer.encode(" x")
+    assert several.encode("x <|a|> x") == [120, 503, 120]
+    assert bpe.Tokenizer(tokenizer.vocab, tokenizer.merges).eot is None
+
+
+def test_encoding_in_chunks_equals_encoding_the_whole(tokenizer, monkeypatch):
+    monkeypatch.setattr(bpe, "BLOCK", 16 * 20)  # hold back at most about 20 characters
+    names = [EOT, EOT + EOT, "<|two words|>"]
+    rng = random.Random(4)
+    for special_tokens in (names[:1], names[:2], names):
+        several = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, special_tokens)
+        for _ in range(150):
+            text = sentences(rng, 10) + random_text(rng, 40) + EOT * rng.randrange(4)
+            text += " <|two words|>" + sentences(rng, 3)
+            chunks, rest = [], text
+            while rest:
+                size = rng.choice([1, 2, 3, 10, 60])
+                chunks, rest = chunks + [rest[:size]], rest[size:]
+            assert list(several.encode_iterable(iter(chunks))) == several.encode(text)
+
+
+def test_encoding_in_chunks_holds_back_little_of_ordinary_text(tokenizer):
+    chunks = ("the cat sat on the mat. " for _ in range(1 << 62))  # more than any memory holds
+    assert next(tokenizer.encode_iterable(chunks)) == tokenizer.encode("the")[0]
+
+
+def test_long_text_without_a_space_takes_seconds_to_train_on_and_to_encode(tokenizer):
+    assert len(bpe.learn_merges({"".join(random.Random(0).choices("ACGT", k=100_000)): 1}, 300)) == 300
+    for text in ("a" * 1_000_000, "".join(random.Random(0).choices("ACGT", k=100_000))):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"lone surrogate, in '\\ud800'"):
+        tokenizer.encode("a b\ud800 c")
+
+
+def test_an_id_outside_the_vocabulary_is_named(tokenizer):
+    for id in (500, -1):
+        with pytest.raises(ValueError, match=f"token id {id} is not in the vocabulary of 500 tokens"):
+            tokenizer.decode([97, id])
+
+
+def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizer):
+    assert tokenizer.decode([0xE5, 0xAD, 97]) == "\ufffda"
+
+
+def test_a_pattern_of_ones_own_loses_no_character_and_a_useless_one_is_refused(tokenizer):
+    own = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT], pattern=r"[a-z]+|\d")
+    for text in ("Hello, world 42 -- ", "no 字 1", ""):
+        assert own.decode(own.encode(text)) == text
+        assert list(own.encode_iterable(text)) == own.encode(text)
+    for pattern, told in (("(a)", "capturing group"), ("a*", "empty string"), ("(", "pattern '\\('")):
+        with pytest.raises(ValueError, match=told):
+            bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT], pattern=pattern)
+
+
+# -- files of tokens
+
+
+def test_encode_file_writes_each_document_and_an_end(tokenizer, corpus, folder, monkeypatch):
+    expected = [id for text in corpus[1] for id in tokenizer.encode(text, special="text") + [tokenizer.eot]]
+    monkeypatch.setattr(bpe, "BLOCK", 500)
+    for workers in (1, 2):
+        assert tokenizer.encode_file(corpus[0], folder / "out" / "tokens.npy", workers) == len(expected)
+        tokens = np.load(folder / "out" / "tokens.npy")
+        assert tokens.dtype == np.uint16 and tokens.tolist() == expected
+    assert os.listdir(folder / "out") == ["tokens.npy"]
+
+
+def test_text_files_end_documents_at_endoftext_whatever_the_block(tokenizer, folder, monkeypatch):
+    documents = ["one two\r\nthree ", "", "  字 four " * 30, "five\n"]
+    plain, packed, joined = folder / "d.txt", folder / "d.txt.gz", EOT.join(documents)
+    plain.write_bytes(joined.encode())
+    packed.write_bytes(gzip.compress((joined + EOT).encode()))  # an <|endoftext|> at the very end adds no document
+    expected = [id for text in documents for id in tokenizer.encode(text) + [tokenizer.eot]]
+    for block in (7, 64, 1 << 20):
+        monkeypatch.setattr(bpe, "BLOCK", block)
+        assert tokenizer.encode_file([plain, packed], folder / "d.npy", 1) == 2 * len(expected)
+        assert np.load(folder / "d.npy").tolist() == expected * 2
+
+
+def test_a_vocabulary_above_65536_is_written_as_uint32(tokenizer, folder, corpus):
+    wide = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, {EOT: 65536})
+    count = wide.encode_file(corpus[0], folder / "wide.npy", 1)
+    tokens = np.load(folder / "wide.npy")
+    assert tokens.dtype == np.uint32 and len(tokens) == count and tokens[-1] == 65536
+
+
+def test_a_failed_encode_leaves_the_earlier_file_and_no_other(tokenizer, folder):
+    place = folder / "failed"
+    place.mkdir()
+    np.save(place / "x.npy", np.arange(3))
+    (place / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'bad.jsonl, line 2: not a JSON object with a string "text"'):
+            tokenizer.encode_file(place / "bad.jsonl", place / "x.npy")
+    assert np.load(place / "x.npy").tolist() == [0, 1, 2] and sorted(os.listdir(place)) == ["bad.jsonl", "x.npy"]
+    with pytest.raises(ValueError, match="has no <.endoftext.> to put between documents"):
+        bpe.Tokenizer(tokenizer.vocab, tokenizer.merges).encode_file(place / "bad.jsonl", place / "x.npy")
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("empty.txt", b"", "empty.txt: empty"), ("blank.jsonl", b"\n \n", "blank.jsonl: empty"),
+    ("nul.txt", b"a\0b", "nul.txt: binary"), ("latin.txt", "é".encode("latin-1"), "latin.txt: not UTF-8"),
+    ("row.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', "row.jsonl, line 2"),
+    ("list.jsonl", b"[1]\n", "list.jsonl, line 1"),
+    ("half.jsonl", b'{"text": "a"', "half.jsonl, line 1"), ("bare.jsonl", b"text\n", "bare.jsonl, line 1"),
+    ("surrogate.jsonl", b'{"text": "\\ud800"}\n', "surrogate.jsonl, line 1: .* lone surrogate"),
+    ("plain.txt.gz", b"not packed", "plain.txt.gz: not a whole gzip file"),
+    ("cut.txt.gz", gzip.compress(b"a whole story")[:-9], "cut.txt.gz: not a whole gzip file"),
+])
+def test_files_that_hold_no_documents_are_named(folder, name, content, told):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        bpe.train_bpe(folder / name, 300)
+    assert "\n" not in str(error.value)
+
+
+# -- the Hugging Face format, and other people's tokenizers
+
+
+def same(a, b):
+    return (a.vocab, a.merges, a.special_tokens, a.pattern) == (b.vocab, b.merges, b.special_tokens, b.pattern)
+
+
+def test_save_and_load_keep_the_tokenizer(tokenizer, folder):
+    own = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, ["<|a b|>", "Ġ€", EOT], pattern=r"\p{L}+|\s+")
+    for number, each in enumerate((tokenizer, own)):
+        place = folder / f"saved{number}"
+        each.save(place / "tokenizer.json")
+        assert same(bpe.Tokenizer.load(place), each) and same(bpe.Tokenizer.load(place / "tokenizer.json"), each)
+        data = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
+        data["model"]["merges"] = [pair.split(" ") for pair in data["model"]["merges"]]  # the newer spelling of pairs
+        (place / "tokenizer.json").write_text(json.dumps(data))
+        assert same(bpe.Tokenizer.load(place), each)
+
+
+def test_tokenizers_gives_equal_ids_for_what_save_wrote(tokenizer, folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(6)
+    texts = [random_text(rng, 30) for _ in range(400)] + [sentences(rng, 100)]
+    for pattern in (bpe.GPT2_PATTERN, r" ?\p{L}+|\p{N}{1,3}|\s+"):
+        ours = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, ["<|en", EOT], pattern)
+        ours.save(folder / "peer.json")
+        peer = tokenizers.Tokenizer.from_file(str(folder / "peer.json"))
+        for text in texts:
+            # Unicode tables of different years disagree about new letters: leave out what Python does not know
+            text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+            assert peer.encode(text).ids == ours.encode(text)
+            assert peer.decode(ours.encode(text), skip_special_tokens=False) == text
+
+
+def test_gpt2_gives_the_ids_of_tiktoken():
+    tiktoken = pytest.importorskip("tiktoken")
+    ours, rng = gpt2(), random.Random(7)
+    ranks = {token: id for id, token in ours.vocab.items() if id != ours.eot}
+    peer = tiktoken.Encoding("gpt2", pat_str=bpe.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 50256})
+    texts = [random_text(rng, rng.randrange(60)) for _ in range(3000)]
+    for text in texts + ["a" * 5000, " " * 999 + "x", sentences(rng, 500)]:
+        assert ours.encode(text, special="text") == peer.encode_ordinary(text)
+        assert ours.encode(text) == peer.encode(text, allowed_special="all")
+
+
+def test_gpt2_ids_as_published():
+    ours = gpt2()
+    assert len(ours) == 50257 and ours.eot == 50256
+    assert ours.encode("Hello world" + EOT) == [15496, 995, 50256]
+    assert ours.encode("Hello, world!") == [15496, 11, 995, 0]
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"model": {"type": "Unigram", "vocab": []}}, 'model.type is "Unigram"'),
+    ({"model": {"type": "WordPiece", "vocab": {}}}, 'model.type is "WordPiece"'),
+    ({"model": None}, "model is null"),
+    ({"normalizer": {"type": "NFC"}}, 'normalizer is {"type": "NFC"}'),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, 'pre_tokenizer is {"type": "Metaspace"}'),
+    ({"pre_tokenizer": None}, "pre_tokenizer is"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer.add_prefix_space is true"),
+    ({"model": {"type": "BPE", "vocab": {"▁the": 0}, "merges": []}}, "model.vocab or model.merges is not byte-level"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "the vocabulary lacks b'\\\\x00'"),
+    ({"model": {"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True}}, "model.byte_fallback is true"),
+])
+def test_tokenizers_of_another_kind_are_refused_by_the_name_of_the_field(tokenizer, folder, change, told):
+    (folder / "foreign.json").write_text(json.dumps(bpe.to_hugging_face(tokenizer) | change))
+    with pytest.raises(ValueError, match="foreign.json: " + told) as error:
+        bpe.Tokenizer.load(folder / "foreign.json")
+    assert "\n" not in str(error.value)
+
+
+# -- the command line
+
+
+def test_the_commands_train_encode_decode_and_show(corpus, folder):
+    tokens, path = folder / "cli", str(folder / "cli" / "tokenizer.json")
+    plain = folder / "plain.txt"
+    plain.write_text("the cat sat on the mat", newline="")
+    assert bpe.main(["train", str(corpus[0]), "--vocab-size", "400", "--out", path, "--workers", "1"]) == 0
+    files = [str(corpus[0]), str(plain)]
+    assert bpe.main(["encode", *files, "--tokenizer", path, "--out", str(tokens), "--workers=1"]) == 0
+    assert sorted(os.listdir(tokens)) == ["corpus.npy", "plain.npy", "tokenizer.json"]
+    ours = bpe.Tokenizer.load(tokens)
+    ids = ours.encode("the cat sat on the mat")
+    assert np.load(tokens / "plain.npy").tolist() == ids + [399]
+    script = [sys.executable, str(HERE / "bpe.py")]
+    run = subprocess.run(script + ["decode", str(tokens / "plain.npy")], capture_output=True)
+    assert (run.stdout, run.returncode) == (b"the cat sat on the mat<|endoftext|>", 0)
+    run = subprocess.run(script + ["show", "the cat", "--tokenizer", path], capture_output=True, encoding="utf-8")
+    count = len(ours.encode("the cat"))
+    assert run.stdout.splitlines()[0].count("│") == count - 1
+    assert run.stdout.splitlines()[-1] == f"7 characters, 7 bytes, {count} tokens, {7 / count:.2f} bytes per token"
+
+
+def test_coloured_tokens_are_the_text_between_colours(tokenizer):
+    text = "the cat\nsat\x1b[2J on"
+    plain = regex.sub("\033\\[[0-9;]*m", "", bpe.coloured(tokenizer, tokenizer.encode(text)))
+    assert plain == "the cat↵\nsat\\x1b[2J on"
+
+
+def test_mistakes_get_one_line_and_exit_code_2(corpus, tokenizer, folder, capsys):
+    place = folder / "mistakes"
+    tokenizer.save(place / "tokenizer.json")
+    bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT, "<|x|>"]).save(place / "other" / "tokenizer.json")
+    (place / "bad.jsonl").write_text("{}\n")
+    (place / "bad.json").write_text("{")
+    np.save(place / "matrix.npy", np.zeros((2, 2)))
+    text, ours, bad = str(corpus[0]), str(place / "tokenizer.json"), str(place / "bad.jsonl")
+    before = sorted(os.listdir(place))
+    for arguments, told in [
+        (["train", "nowhere.txt"], "No such file or directory: nowhere.txt"),
+        (["train", bad, "--out", ours], "bad.jsonl, line 1"),
+        (["train", text, "--vocab_size", "100"], "vocab_size 100 is too small"),
+        (["train", str(folder)], "Is a directory"),
+        (["encode", text, "--tokenizer", str(place / "bad.json"), "--out", str(place)], "bad.json: not JSON"),
+        (["encode", text, "--tokenizer", str(folder / "none"), "--out", str(place)], "none: no tokenizer there"),
+        (["encode", text, "--tokenizer", ours, "--out", str(place / "other")], "is not the tokenizer of " + ours),
+        (["encode", text, text, "--tokenizer", ours, "--out", str(place)], "two of the files would be written to"),
+        (["decode", str(place / "matrix.npy")], "not one dimension of token ids"),
+        (["decode", "five", "--tokenizer", ours], "five: neither a .npy file nor token ids"),
+        (["decode", "9999", "--tokenizer", ours], "token id 9999 is not in the vocabulary"),
+    ]:
+        assert bpe.main(arguments) == 2, arguments
+        err = capsys.readouterr().err
+        assert err.startswith("bpe.py: ") and told in err and err.count("\n") == 1, (arguments, err)
+    assert sorted(os.listdir(place)) == before and same(bpe.Tokenizer.load(ours), tokenizer)
+
+
+def test_a_wrong_flag_is_answered_with_the_nearest_right_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bpe.main(["train", "x", "--vocabsize", "3"])
+    assert stop.value.code == 2 and "did you mean --vocab_size?" in capsys.readouterr().err
+
+
+def test_bpe_alone_in_an_empty_folder_works_and_says_what_is_missing(folder):
+    alone = folder / "alone"
+    alone.mkdir()
+    (alone / "bpe.py").write_bytes((HERE / "bpe.py").read_bytes())
+    run = subprocess.run([sys.executable, "bpe.py"], cwd=alone, capture_output=True, text=True)
+    assert run.returncode == 2 and "no data.py beside bpe.py" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_the_bare_run_shows_what_a_tokenizer_does_and_overwrites_nothing(corpus, folder, monkeypatch, capsys):
+    local = folder / "bare/corpus/local"
+    local.mkdir(parents=True)
+    for name in ("train.jsonl", "val.jsonl"):
+        (local / name).write_bytes(corpus[0].read_bytes())
+    monkeypatch.chdir(folder / "bare")
+    assert bpe.main([]) == 0
+    assert "bytes per token" in capsys.readouterr().out
+    written = (local / "tokenizer.json").read_bytes()
+    (local / "tokenizer.json").write_bytes(written + b"\n")
+    assert bpe.main([]) == 0 and (local / "tokenizer.json").read_bytes() == written + b"\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# model.py: the operations
+
+def error_of(ours, reference):
+    """‖ours − reference‖ / ‖reference‖."""
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def test_softmax_is_the_quotient_of_exponentials_and_does_not_overflow():
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(softmax(x.float(), -1).double(), x.exp() / x.exp().sum(-1, keepdim=True), atol=1e-6)
+    assert torch.equal(softmax(torch.tensor([1000.0, 1000.0, -1e30])), torch.tensor([0.5, 0.5, 0.0]))
+
+
+def test_cross_entropy_of_known_probabilities_is_minus_their_mean_logarithm():
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3]]).log() + 5
+    assert cross_entropy(logits, torch.tensor([0, 2, -100])).item() == pytest.approx(-(math.log(0.7) + math.log(0.8)) / 2, abs=1e-6)
+
+
+def test_linear_cross_entropy_and_its_gradients_equal_torchs_in_float64():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 700, 24), torch.randn(50, 24), torch.randint(50, (2, 700))   # three chunks of 512
+    targets[0, :7] = -100
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    expected = F.cross_entropy((wide[0] @ wide[1].T).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    (3 * expected).backward()
+    ours = [t.requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*ours, targets)
+    (3 * loss).backward()
+    assert error_of(loss, expected) < 1e-6
+    assert all(error_of(a.grad, b.grad) < 1e-5 for a, b in zip(ours, wide))
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square():
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    expected = x / (x.pow(2).sum(-1, keepdim=True) / 6 + 1e-5).sqrt() * weight
+    assert error_of(rms_norm(x.float(), weight.float(), 1e-5), expected) < 1e-6
+
+
+def test_swiglu_is_the_gate_times_its_sigmoid_times_the_other():
+    gate, up = torch.randn(2, 9, dtype=torch.float64)
+    assert error_of(swiglu(gate.float(), up.float()), gate / (1 + torch.exp(-gate)) * up) < 1e-6
+
+
+def test_rope_multiplies_pairs_as_complex_numbers():
+    x, (cos, sin) = torch.randn(1, 1, 5, 8), rope_tables(8, 5, 100.0)
+    z = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    angles = torch.arange(5.0, dtype=torch.float64)[:, None] * 100.0 ** -(torch.arange(4.0, dtype=torch.float64) / 4)
+    turned = z * torch.polar(torch.ones_like(angles), angles)
+    assert error_of(apply_rope(x, cos, sin), torch.cat((turned.real, turned.imag), -1)) < 1e-6
+
+
+def slow_attention(q, k, v, window=None, documents=None, starts=None):
+    """Attention by loops over rows, heads and queries, in float64."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    rows, heads, queries, dim = q.shape
+    for b in range(rows):
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            for i in range(queries):
+                place = (starts[b] if starts else k.shape[2] - queries) + i
+                seen = [j for j in range(k.shape[2]) if j <= place and (window is None or j > place - window)
+                        and (documents is None or documents[b][j] == documents[b][place])]
+                scores = torch.stack([(q[b, h, i].double() * k[b, kv, j].double()).sum() / math.sqrt(dim) for j in seen]).exp()
+                for weight, j in zip(scores / scores.sum(), seen):
+                    out[b, h, i] += weight * v[b, kv, j].double()
+    return out
+
+
+@pytest.mark.parametrize("queries, options", [
+    (7, {}), (3, {}), (1, {}), (7, {"window": 3}), (2, {"window": 2}),
+    (7, {"documents": [[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 3]]}), (2, {"starts": [1, 5]}), (1, {"starts": [0, 6], "window": 2})])
+def test_attention_equals_loops_over_queries_and_keys(queries, options):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 4, queries, 6), torch.randn(2, 2, 7, 6), torch.randn(2, 2, 7, 6)
+    expected = slow_attention(q, k, v, **options)
+    arguments = {"window": options.get("window"),
+                 "document_ids": torch.tensor(options["documents"]) if "documents" in options else None,
+                 "query_start": torch.tensor(options["starts"]) if "starts" in options else None}
+    for function in (attention_reference, attention):
+        assert error_of(function(q, k, v, **arguments), expected) < 1e-5, function
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# model.py: the model
+
+SMALL = Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               intermediate_size=48, max_position_embeddings=40)
+VARIANTS = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 16}, "mistral": {"sliding_window": 5},
+            "tied": {"tie_word_embeddings": True}}
+
+
+def small(variant="llama", seed=0, **changes):
+    """A small model of a kind, its norms and biases random too, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    made = Transformer(Config(**{**{f: getattr(SMALL, f) for f in SMALL.__dataclass_fields__}, **VARIANTS[variant], **changes}))
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() == 1:
+                p.copy_(1 + 0.3 * torch.randn_like(p))
+    return made
+
+
+def by_hand(model, tokens):
+    """The logits of a llama or qwen3 model for one sequence, in float64, from its named weights and the formulas alone."""
+    w, c = {name: p.double() for name, p in model.state_dict().items()}, model.config
+    norm = lambda x, weight: x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
+    x = w["model.embed_tokens.weight"][tokens]
+    angles = torch.arange(len(tokens)).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+
+    def turn(t):                                                             # (S, H, D)
+        a, b = t[..., :c.head_dim // 2], t[..., c.head_dim // 2:]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+    for i in range(c.num_hidden_layers):
+        p = f"model.layers.{i}."
+        y = norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = ((y @ w[f"{p}self_attn.{n}_proj.weight"].T).view(len(tokens), -1, c.head_dim) for n in "qkv")
+        if c.qk_norm:
+            q, k = norm(q, w[p + "self_attn.q_norm.weight"]), norm(k, w[p + "self_attn.k_norm.weight"])
+        heads = slow_attention(*(t.transpose(0, 1)[None] for t in (turn(q), turn(k), v)))[0].transpose(0, 1).flatten(1)
+        x = x + heads @ w[p + "self_attn.o_proj.weight"].T
+        y = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate, up = (y @ w[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "tied"])
+def test_logits_equal_the_formulas_written_out_in_float64(variant):
+    made, tokens = small(variant), torch.randint(97, (11,))
+    with torch.no_grad():
+        assert (made(tokens[None])[0] - by_hand(made, tokens)).abs().max() < 1e-4
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits():
+    made, tokens, targets = small(), torch.randint(97, (3, 9)), torch.randint(97, (3, 9))
+    targets[1, 4:] = -100
+    expected = F.cross_entropy(made(tokens).double().flatten(0, 1), targets.flatten())
+    assert made(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompts_of_any_lengths_through_the_cache_give_the_logits_of_a_full_pass(variant):
+    made = small(variant)
+    rows = [torch.randint(97, (n,)) for n in (9, 4, 1, 12)]
+    cache = KVCache(made.config, 4, 24)
+    with torch.no_grad():
+        logits = sample.prefill(made, [row.tolist() for row in rows], cache)
+        for _ in range(6):
+            for row, ours in zip(rows, logits):
+                assert torch.allclose(ours, made(row[None])[0, -1], atol=1e-4)
+            new = torch.randint(97, (4,))
+            rows = [torch.cat((row, t[None])) for row, t in zip(rows, new)]
+            logits = sample.decode_one(made, new, cache)
+
+
+def test_packed_documents_do_not_see_each_other():
+    made, first, second = small(), torch.randint(97, (1, 6)), torch.randint(97, (1, 9))
+    packed = made(torch.cat((first, second), 1), document_ids=torch.tensor([[0] * 6 + [1] * 9]))
+    assert torch.allclose(packed[:, :6], made(first), atol=1e-4)
+    assert torch.allclose(packed[:, 6:], made(second), atol=1e-4)            # RoPE sees distances alone
+
+
+def test_a_sequence_beyond_the_context_is_refused():
+    with pytest.raises(ValueError, match="41 positions exceed max_position_embeddings 40"):
+        small()(torch.zeros(1, 41, dtype=torch.int64))
+
+
+def test_initial_weights_have_the_standard_deviations_that_the_docstring_promises():
+    torch.manual_seed(0)
+    made = Transformer(Config(hidden_size=512, num_attention_heads=8, num_hidden_layers=8, vocab_size=1000, intermediate_size=1024))
+    weights, layer = made.state_dict(), "model.layers.3."
+    # a normal cut at three standard deviations keeps 0.9866 of its standard deviation
+    for name, std in ((layer + "self_attn.q_proj.weight", 512 ** -0.5), (layer + "mlp.down_proj.weight", (1024 * 16) ** -0.5),
+                      (layer + "self_attn.o_proj.weight", (512 * 16) ** -0.5), ("model.embed_tokens.weight", 512 ** -0.5)):
+        assert weights[name].std().item() == pytest.approx(0.9866 * std, rel=0.01), name
+        assert weights[name].abs().max() <= 3 * std
+    glorot = Transformer(Config(hidden_size=512, num_attention_heads=8, num_hidden_layers=1, vocab_size=1000, intermediate_size=1024,
+                                initializer="glorot")).state_dict()
+    assert glorot["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(0.9866 * (2 / 1536) ** 0.5, rel=0.01)
+    assert glorot["model.embed_tokens.weight"].std().item() == pytest.approx(0.9866, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# model.py: counting
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_number_of_parameters_is_that_of_the_module(variant):
+    made = small(variant)
+    tables = {made.lm_head.weight, made.model["embed_tokens"].weight}
+    assert num_parameters(made.config) == sum(p.numel() for p in made.parameters())
+    assert num_parameters(made.config, embeddings=False) == sum(p.numel() for p in made.parameters() if p not in tables)
+
+
+@pytest.mark.parametrize("name, parameters", [("llama2-7b", 6_738_415_616), ("llama3.1-8b", 8_030_261_248),
+                                              ("llama3.1-70b", 70_553_706_496), ("qwen2.5-1.5b", 1_543_714_304),
+                                              ("qwen3-0.6b", 596_049_920)])
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    assert num_parameters(PRESETS[name]) == parameters
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "tied"])
+def test_flops_equal_what_torchs_counter_sees(variant):
+    from torch.utils.flop_counter import FlopCounterMode
+    plain = lambda hidden, weight, targets: cross_entropy(F.linear(hidden, weight), targets)
+    config = small(variant).config
+    made = Transformer(config, Ops(attention=attention_reference, linear_cross_entropy=plain))
+    tokens = torch.randint(97, (2, 16))
+    with FlopCounterMode(display=False) as forward:
+        loss = made(tokens, tokens)
+    assert forward.get_total_flops() == 2 * 16 * sum(flops_by_component(config, 16).values())
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert forward.get_total_flops() + backward.get_total_flops() == 2 * 16 * flops_per_token(config, 16)
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_memory_for_activations_is_what_autograd_saves(bfloat16):
+    made = small(hidden_size=64, intermediate_size=176, vocab_size=300)
+    tokens, saved, held = torch.randint(97, (4, 40)), {}, []
+    others = {t.untyped_storage().data_ptr() for t in [*made.parameters(), *made.buffers(), tokens]}
+
+    def pack(tensor):
+        held.append(tensor)                                                  # or its memory, and with it its key, is used again
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        made(tokens, tokens)
+    assert memory_bytes(made.config, 4, 40, 2 if bfloat16 else 4)["activations"] == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# model.py: folders
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_model_loads_with_equal_weights_and_config(variant, tmp_path):
+    made, tokens = small(variant, eos_token_id=3), torch.randint(97, (2, 8))
+    save_pretrained(made, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == made.config
+    assert torch.equal(loaded(tokens), made(tokens))
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in made.named_parameters()]
+    loaded(tokens, tokens).backward()                                        # mapped weights can be trained
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
+    save_pretrained(small(), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for p in load_pretrained(tmp_path).parameters():
+            p.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_safetensors_files_are_those_of_the_library(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(1, 2, 2).half(), "d": torch.zeros(0, 4)}
+    save_safetensors(tensors, tmp_path / "ours")
+    library.save_file(tensors, tmp_path / "theirs")
+    for read in (library.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs")):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_gives_the_logits_of_our_folder_and_we_give_those_of_its(variant, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made, tokens = small(variant), torch.randint(97, (2, 17))
+    save_pretrained(made, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").float().eval()
+    assert theirs.config.model_type == {"tied": "llama"}.get(variant, variant)
+    with torch.no_grad():
+        assert (theirs(tokens).logits - made(tokens)).abs().max() < 1e-4
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert (theirs(tokens).logits - load_pretrained(tmp_path / "theirs")(tokens)).abs().max() < 1e-4
+        out = theirs.generate(tokens[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ours = generate(load_pretrained(tmp_path / "theirs"), [tokens[0].tolist()], 12, temperature=0)
+    assert out[0, 17:].tolist() == ours[0]
+
+
+def damage(folder, how):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "cut in its header":
+        weights.write_bytes(weights.read_bytes()[:50])
+    elif how == "not a safetensors file":
+        weights.write_bytes(b"PK\x03\x04" + bytes(100))
+    elif how == "missing":
+        weights.unlink()
+    else:
+        values = json.loads(config.read_text())
+        values.update(how)
+        config.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("how, words", [
+    ("cut short", "cut short"), ("cut in its header", "not a safetensors file"), ("not a safetensors file", "not a safetensors file"),
+    ("missing", "no model.safetensors"), ({"hidden_size": 64}, "embed_tokens.weight should have shape"),
+    ({"num_hidden_layers": 3}, "should have shape"), ({"num_hidden_layers": 1}, "should have shape none"),
+    ({"model_type": "bert"}, "model_type is 'bert'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"), ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+    ({"attention_bias": True}, "attention_bias"), ({"num_key_value_heads": 3}, "not a multiple")])
+def test_a_damaged_or_foreign_model_folder_is_refused_in_one_line(how, words, tmp_path):
+    save_pretrained(small(), tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_model_py_prints_the_presets_and_refuses_unknown_ones(capsys, monkeypatch):
+    code, out, _ = call(model_file, capsys, monkeypatch)
+    assert code == 0 and all(name in out for name in PRESETS) and "8.03B" in out
+    assert refused(call(model_file, capsys, monkeypatch, "lama2-7b"), "lama2-7b", "did you mean llama2-7b?")
+    assert refused(call(model_file, capsys, monkeypatch, "--sequence-lenght", "5"), "did you mean --sequence_length?")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: optimizer, clipping, learning rate
+
+def test_a_hundred_steps_of_adamw_equal_torchs():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    arguments = dict(lr=3e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizers = AdamW(ours.parameters(), **arguments), torch.optim.AdamW(theirs.parameters(), **arguments)
+    for step in range(100):
+        x = torch.randn(16, 9)
+        for net, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            net(x).pow(2).sum().backward()
+            optimizer.step(skip=torch.tensor(False)) if net is ours and step % 2 else optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_a_skipped_step_changes_nothing_whatever_the_gradient():
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = AdamW([p], lr=0.1)
+    p.grad = torch.randn(5)
+    optimizer.step()
+    before = [p.detach().clone(), *(value.clone() for value in optimizer.state[p].values())]
+    p.grad = torch.tensor([float("nan"), float("inf"), 1.0, -float("inf"), 0.0])
+    optimizer.step(skip=torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(before, [p.detach(), *optimizer.state[p].values()]))
+
+
+def test_matrices_decay_and_vectors_do_not():
+    made = small("qwen2")
+    decayed, kept = train.decay_groups(made, 0.1)
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+    names = {p: name for name, p in made.named_parameters()}
+    assert all("norm" in names[p] or "bias" in names[p] for p in kept["params"])
+    assert all("norm" not in names[p] and "bias" not in names[p] for p in decayed["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_equals_torchs(max_norm):
+    ours = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 50, 1)]
+    theirs = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 50, 1)]
+    for a, b in zip(ours, theirs):
+        a.grad = torch.randn(len(a))
+        b.grad = a.grad.clone()
+    assert clip_grad_norm_(ours, max_norm).item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-6)
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-6) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("step, rate", [(0, 0), (1, 0.25), (4, 1), (8, 0.1 + 0.9 * (0.5 + 0.5 * math.sqrt(0.5))), (12, 0.55), (20, 0.1), (30, 0.1)])
+def test_the_cosine_schedule_at_points_worked_by_hand(step, rate):
+    assert learning_rate(step, 20, 1.0, warmup=4, final=0.1) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("step, rate", [(0, 0), (5, 1.0), (10, 2.0), (80, 2.0), (90, 1.25), (100, 0.5), (120, 0.5)])
+def test_the_stable_decay_schedule_at_points_worked_by_hand(step, rate):
+    assert learning_rate(step, 100, 2.0, warmup=10, final=0.5, schedule="wsd", decay=20) == pytest.approx(rate)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: batches
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000, 4099])
+def test_the_keyed_permutation_is_one_and_keys_matter(size):
+    orders = [permute(np.arange(size), size, [seed, epoch]) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    if size >= 16:
+        assert not any(np.array_equal(a, b) for a, b in ((orders[0], orders[1]), (orders[0], orders[2]), (orders[0], np.arange(size))))
+        assert np.array_equal(orders[0][5:9], permute(np.arange(5, 9), size, [0, 0]))
+
+
+def test_the_keyed_permutation_leaves_no_trace_of_the_order():
+    order = permute(np.arange(5000), 5000, [3, 0])
+    assert abs(np.corrcoef(np.arange(5000), order)[0, 1]) < 0.06             # four standard errors of independent numbers
+    assert abs(np.mean(np.abs(np.diff(order))) / 5000 - 1 / 3) < 0.02        # |x - y| of two uniform numbers has mean 1/3
+
+
+def write_tokens(path, tokens, dtype=np.uint16):
+    np.save(path, np.asarray(tokens, dtype))
+    return path
+
+
+def test_every_sequence_comes_once_per_epoch_and_targets_are_one_on(tmp_path):
+    dataset = TokenDataset(write_tokens(tmp_path / "t.npy", range(1003)), 10, seed=5)
+    assert len(dataset) == 100                                               # 1,002 targets: the last two are left over
+    tokens, targets = dataset.batch(0, 300)
+    assert torch.equal(targets, tokens + 1) and tokens.dtype == torch.int64
+    for epoch in range(3):
+        assert sorted(tokens[100 * epoch:100 * (epoch + 1), 0].tolist()) == list(range(0, 1000, 10))
+    assert not torch.equal(tokens[:100], tokens[100:200])
+
+
+def test_a_batch_is_the_same_however_it_is_read(tmp_path):
+    path = write_tokens(tmp_path / "t.npy", range(1003))
+    whole = TokenDataset(path, 10, seed=5).batch(80, 40)[0]                  # over the border between two epochs
+    parts = [TokenDataset(path, 10, seed=5).batch(80 + i, 8)[0] for i in range(0, 40, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_uniform_model_costs_the_logarithm_of_its_vocabulary(tmp_path):
+    made = small()
+    with torch.no_grad():
+        made.lm_head.weight.zero_()
+    dataset = TokenDataset(write_tokens(tmp_path / "t.npy", np.arange(601) % 90), 30)
+    loss, bpb = train.evaluate(made, dataset, torch.full((97,), 3), 7, train.nullcontext)
+    assert loss == pytest.approx(math.log(97), rel=1e-5)
+    assert bpb == pytest.approx(math.log2(97) / 3, rel=1e-5)
+    assert train.evaluate(made, dataset, None, 7, train.nullcontext, limit=100)[1] is None
+
+
+def test_special_tokens_stand_for_no_bytes():
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)} | {256: "é".encode()}, [(b"\xc3", b"\xa9")], [EOT])
+    assert train.token_bytes(tokenizer, 260).tolist() == [1] * 256 + [2, 0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: runs
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A folder of tokens of real text, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tokens")
+    text = Path(train.__file__).read_text()
+    for name, part in (("train", text[:-4000]), ("val", text[-4000:])):
+        (folder / f"{name}.txt").write_text(part)
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(folder / "train.txt", 400, num_workers=1), [EOT])
+    tokenizer.save(folder / "tokenizer.json")
+    for name in ("train", "val"):
+        tokenizer.encode_file(folder / f"{name}.txt", folder / f"{name}.npy", 1)
+    return folder
+
+
+# eight sequences of 32 tokens a batch, through a model of two narrow layers, in float32
+SHAPE = ("--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 --sequence_length 32 "
+         "--batch_tokens 256 --dtype float32 --device cpu --log_every 1").split()
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def trajectory(folder):
+    """What a run computed, without what the clock says."""
+    return [[r[key] for key in ("step", "tokens", "loss", "lr", "grad_norm", "skipped")] for r in records(folder)]
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(tokens, tmp_path_factory):
+    """A run of twenty steps, in one go."""
+    folder = tmp_path_factory.mktemp("runs") / "twenty"
+    settings, _ = train.parse(["--data", str(tokens), "--out", str(folder), "--steps", "20", *SHAPE])
+    train.train(settings)
+    return folder
+
+
+def test_a_run_learns_and_logs_what_the_plan_says(twenty_steps):
+    rows = records(twenty_steps)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert set(rows[0]) == set("step tokens seconds loss val_loss val_bpb lr grad_norm tokens_per_second mfu memory_bytes skipped".split())
+    assert rows[-1]["tokens"] == 20 * 256 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[-1]["val_loss"] < rows[0]["loss"] and 1 < rows[-1]["val_bpb"] < 8
+    assert sum(row["val_loss"] is not None for row in rows) == 10            # nine on the way, one at the end
+    # warm-up over one step of twenty, then half a cosine; each step's rate is that of its middle
+    assert rows[0]["lr"] == pytest.approx(4e-3 * 0.5)
+    assert rows[10]["lr"] == pytest.approx(4e-3 * (1 + math.cos(math.pi * 9.5 / 19)) / 2)
+
+
+def test_a_run_folder_is_a_model_that_speaks(twenty_steps):
+    made, tokenizer = load_pretrained(twenty_steps), bpe.Tokenizer.load(twenty_steps / "tokenizer.json")
+    assert made.config.eos_token_id == tokenizer.eot == 399 and made.config.vocab_size == 400
+    new, = generate(made, [tokenizer.encode("def ")], 20, seed=0)
+    assert tokenizer.decode(new)
+
+
+def test_transformers_opens_a_run_folder_with_equal_ids_and_logits(twenty_steps):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(twenty_steps).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(twenty_steps)
+    made, tokenizer = load_pretrained(twenty_steps), bpe.Tokenizer.load(twenty_steps / "tokenizer.json")
+    text = "def f(x):\n    return x  # naïve 字\n\n\n'''s"
+    ids = tokenizer.encode(text)
+    assert their_tokenizer(text)["input_ids"] == ids and their_tokenizer.decode(ids) == text
+    assert their_tokenizer.eos_token_id == tokenizer.eot
+    prompt = torch.tensor([ids[:12]])
+    with torch.no_grad():
+        assert (theirs(prompt).logits - made(prompt)).abs().max() < 1e-3
+    continued = theirs.generate(prompt, max_new_tokens=15, do_sample=False, pad_token_id=0)
+    assert continued[0, 12:].tolist() == generate(made, [ids[:12]], 15, temperature=0)[0]
+
+
+def test_a_run_cut_in_two_leaves_the_same_weights_and_the_same_log(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "cut"
+    code, text, _ = call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--steps", 20, "--stop_after", 10, *SHAPE)
+    assert code == 0 and f"--resume {out}" in text
+    assert trajectory(out) == trajectory(twenty_steps)[:10]
+    assert call(train, capsys, monkeypatch, "--resume", out)[0] == 0
+    assert (out / "model.safetensors").read_bytes() == (twenty_steps / "model.safetensors").read_bytes()
+    assert trajectory(out) == trajectory(twenty_steps)
+    assert len(list((out / "state").iterdir())) == 2                         # one state, and latest.json
+
+
+def test_resuming_says_what_it_changes_and_refuses_what_contradicts(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    again = tmp_path / "again"
+    shutil.copytree(twenty_steps, again)
+    resume = lambda *arguments: call(train, capsys, monkeypatch, "--resume", again, *arguments)
+    assert "is finished (20 steps" in resume()[1]
+    for flag, value, own in (("hidden_size", 64, 32), ("batch_tokens", 512, 256), ("sequence_length", 64, 32), ("seed", 1, 0),
+                             ("preset", "mini", "tiny"), ("data", "elsewhere", tokens)):
+        assert refused(resume(f"--{flag}", value), f"--{flag}", value, own)
+    assert refused(resume("--out", "x"), "--out")
+    code, text, _ = resume("--steps", 24, "--learning_rate", 1e-3)
+    assert code == 0 and "the budget is 24 steps and no longer 20 steps" in text and "learning_rate is 0.001 and no longer 0.004" in text
+    rate = 1e-3 * (1 + math.cos(math.pi * (20 - 1.2) / (24 - 1.2))) / 2      # step 20 of 24, of which 1.2 were warm-up
+    assert f"the learning rate goes on at {rate:.3g} where it stood at 0" in text
+    assert [row["step"] for row in records(again)] == list(range(1, 25))
+    values = json.loads((again / "args.json").read_text())
+    (again / "args.json").write_text(json.dumps({**values, "data_fingerprint": "0" * 16}))
+    assert refused(resume("--steps", 30), "0" * 16, values["data_fingerprint"])
+    assert refused(call(train, capsys, monkeypatch, "--resume", tmp_path), "no run here")
+
+
+def test_accumulating_small_batches_changes_no_loss(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", 20, "--micro_batch_size", 2, *SHAPE)
+    for ours, whole in zip(records(tmp_path / "r"), records(twenty_steps)):
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+def torchrun(ranks, *arguments, **options):
+    """A torchrun of train.py on gloo, as a process under way."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+                             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, arguments)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def test_two_ranks_lose_what_one_process_loses(tokens, twenty_steps, tmp_path):
+    out = tmp_path / "two"
+    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 20, "--micro_batch_size", 2, *SHAPE)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for ours, whole in zip(records(out), records(twenty_steps)):
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert ours["val_loss"] == (pytest.approx(whole["val_loss"], abs=1e-5) if whole["val_loss"] else None)
+
+
+def test_a_run_by_the_clock_ends_on_time_with_its_rate_brought_down(tokens, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "clock"
+    assert call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--max_seconds", 2, *SHAPE)[0] == 0
+    rows = records(out)
+    assert 2 <= rows[-1]["seconds"] < 4 and rows[-1]["lr"] < 0.05 * max(row["lr"] for row in rows)
+
+
+def break_forward(monkeypatch, broken):
+    """Have the model's loss be NaN in the training steps for which broken(step) is true."""
+    calls, forward = [0], Transformer.forward
+
+    def patched(self, tokens, targets=None, *rest):
+        loss = forward(self, tokens, targets, *rest)
+        if torch.is_grad_enabled():
+            calls[0] += 1
+            return loss * float("nan") if broken(calls[0]) else loss
+        return loss
+
+    monkeypatch.setattr(Transformer, "forward", patched)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tokens, tmp_path, capsys, monkeypatch):
+    break_forward(monkeypatch, lambda step: step in (3, 4))
+    assert call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", 8, "--save_every", 1, *SHAPE)[0] == 0
+    rows = records(tmp_path / "r")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 2, 2, 2, 2] and math.isfinite(rows[-1]["val_loss"])
+    assert math.isnan(rows[2]["loss"]) and math.isfinite(rows[4]["loss"])
+
+
+def test_a_run_that_stays_not_finite_stops_and_keeps_its_checkpoint(tokens, tmp_path, capsys, monkeypatch):
+    break_forward(monkeypatch, lambda step: step > 6)
+    code, _, err = call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", 30, "--save_every", 5,
+                        "--max_skipped", 4, *SHAPE)
+    assert code == 1 and "4 steps in a row" in err and "The checkpoint of step 5 stands" in err and "Traceback" not in err
+    assert all(torch.isfinite(value).all() for value in load_safetensors(tmp_path / "r" / "model.safetensors").values())
+    assert train.load_checkpoint(tmp_path / "r")["step"] == 5
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tokens, tmp_path):
+    out = tmp_path / "r"
+    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 100_000,
+                       "--eval_every", 100_000, *SHAPE)
+    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 5, process)
+    process.send_signal(signal.SIGTERM)
+    text, err = process.communicate(timeout=60)
+    step = json.loads((out / "state" / "latest.json").read_text())["step"]
+    assert f"stopped after step {step}" in text and f"torchrun train.py --resume {out}" in text, err
+    assert trajectory(out)[-1][0] == step == train.load_checkpoint(out)["step"]
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def test_after_kill_9_at_any_moment_the_last_checkpoint_opens_and_the_run_goes_on(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", tokens, "--out", out, "--steps", "100000",
+                                "--save_every", "1", "--eval_every", "100000", *SHAPE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (out / "state" / "latest.json").exists(), process)
+    time.sleep(random.uniform(0, 1))                                         # it saves all the time: any moment will do
+    process.kill()
+    process.wait()
+    step = train.load_checkpoint(out)["step"]
+    load_pretrained(out)
+    code, text, _ = call(train, capsys, monkeypatch, "--resume", out, "--stop_after", step + 3)
+    assert code == 0 and f"stopped after step {step + 3}" in text
+    assert [row["step"] for row in records(out)] == list(range(1, step + 4))
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(tokens, tmp_path):
+    out = tmp_path / "r"
+    program = ("import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000));"
+               "sys.argv[0] = 'train.py'; train.main()")                    # the state takes more than 400 kB from step 10 on
+    arguments = ["--data", tokens, "--out", out, "--steps", 20, "--save_every", 10, "--eval_every", 100, *SHAPE]
+    result = run("-c", program, *arguments, cwd=HERE)
+    assert refused((result.returncode, result.stdout, result.stderr), "step 10 could not be saved", "No checkpoint had been written yet")
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name]
+
+
+def test_init_from_starts_with_the_models_weights_and_vocabulary(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    arguments = ["--data", tokens, "--out", tmp_path / "r", "--init_from", twenty_steps, "--steps", 1, "--batch_tokens", 256,
+                 "--learning_rate", 1e-9, "--device", "cpu", "--dtype", "float32"]
+    assert call(train, capsys, monkeypatch, *arguments)[0] == 0
+    ours, theirs = (load_safetensors(folder / "model.safetensors") for folder in (tmp_path / "r", twenty_steps))
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-7 for name in theirs)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--preset", "tinny"], ["unknown preset 'tinny'", "did you mean tiny?"]),
+    (["--data", "nowhere.txt"], ["--data nowhere.txt", "no such file"]),
+    (["--sequence_length", "100000"], ["train.npy", "too few", "--sequence_length"]),
+    (["--batch_tokens", "100"], ["--batch_tokens 100", "multiple of the sequence length 32", "96"]),
+    (["--micro_batch_size", "3"], ["--micro_batch_size 3", "8 sequences"]),
+    (["--steps", "0"], ["--steps is 0"]), (["--steps", "5", "--tokens", "1e6"], ["one of --steps, --tokens and --max_seconds"]),
+    (["--learning_rate", "-1"], ["--learning_rate is -1"]), (["--schedule", "linear"], ["'linear'", "cosine or wsd"]),
+    (["--device", "tpu"], ["'tpu'", "cuda, mps or cpu"]), (["--dtype", "float8"], ["'float8'"]),
+    (["--num_attention_heads", "3"], ["num_attention_heads 3 is not a multiple of num_key_value_heads 2"]), (["--learning-rat", "1"], ["did you mean --learning_rate?"]),
+    (["--steps", "many"], ["--steps", "many"]), (["--init_from", "nowhere"], ["--init_from nowhere"])])
+def test_bad_settings_get_one_line_and_exit_code_2(arguments, words, tokens, tmp_path, capsys, monkeypatch):
+    data_flag = [] if "--data" in arguments else ["--data", tokens]
+    monkeypatch.chdir(tmp_path)
+    assert refused(call(train, capsys, monkeypatch, *data_flag, "--out", tmp_path / "r", *SHAPE, *arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_token_files_get_one_line_and_exit_code_2(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    attempt = lambda *more: call(train, capsys, monkeypatch, "--data", folder, "--out", tmp_path / "r", "--steps", 1, *SHAPE, *more)
+    good = (folder / "val.npy").read_bytes()
+    for content, words in ((good[:-10], "cut short"), (b"hello", "not a .npy file"), (b"", "not a .npy file")):
+        (folder / "val.npy").write_bytes(content)
+        assert refused(attempt(), "val.npy", words)
+    write_tokens(folder / "val.npy", [5, 400] * 500)
+    assert refused(attempt(), "the token 400", "vocabulary of 400")
+    np.save(folder / "val.npy", np.zeros((3, 4)))
+    assert refused(attempt(), "float64 of shape (3, 4)")
+    (folder / "val.npy").unlink()
+    assert refused(attempt(), "no val.npy")
+    (folder / "val.npy").write_bytes(good)
+    assert refused(attempt("--out", twenty_steps), "holds a run already", "--resume")
+    assert refused(attempt("--out", folder / "train.npy" / "run"), "train.npy")
+    other = bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], [EOT])
+    other.save(folder / "tokenizer.json")
+    assert refused(attempt("--init_from", twenty_steps), "another vocabulary", "--tokenizer")
+
+
+def test_more_ranks_than_the_batch_has_parts_for_are_refused():
+    settings = train.Settings(batch_tokens=256)
+    assert train.split_batch(settings, 32, 4, 8) == (8, 2)
+    with pytest.raises(ValueError, match="8 sequences .* cannot be split evenly over 3 ranks; make --batch_tokens a multiple of 96"):
+        train.split_batch(settings, 32, 3, 8)
+
+
+def test_flags_are_explained_and_may_have_dashes(capsys, monkeypatch):
+    code, out, _ = call(train, capsys, monkeypatch, "-h")
+    assert code == 0 and all(f"--{name}" in out for name in train.Settings.__dataclass_fields__)
+    assert train.parse(["--max-seconds", "3"])[0].max_seconds == 3
+
+
+def test_plot_draws_a_picture_or_says_what_it_needs(twenty_steps, tmp_path, capsys, monkeypatch):
+    assert refused(call(train, capsys, monkeypatch, "plot", tmp_path), "no log.jsonl")
+    result = call(train, capsys, monkeypatch, "plot", twenty_steps, "--out", tmp_path / "loss.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert refused(result, "pip install matplotlib")
+    else:
+        assert result[0] == 0 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = Path(bpe.__file__).read_text()
+    Path("book.txt").write_text(text[:20000])
+    settings = train.Settings(data=["book.txt"], vocab_size=300)
+
+    def commands():
+        folder = train.prepare(settings)
+        return folder, re.findall(r"^\$ python (\w+\.py \w+)", capfd.readouterr().out, re.M)
+
+    everything = ["data.py build", "bpe.py train", "bpe.py encode"]
+    folder, ran = commands()
+    assert ran == everything and sorted(p.name for p in folder.iterdir()) == [
+        "commands.json", "tokenizer.json", "train.jsonl", "train.npy", "val.jsonl", "val.npy"]
+    rebuilt = (folder / "train.npy").read_bytes()
+    assert commands()[1] == []
+    for damage, expected in ((lambda: (folder / "val.npy").write_bytes(rebuilt[:200]), everything[2:]),
+                             (lambda: (folder / "tokenizer.json").write_text("{"), everything[1:]),
+                             (lambda: (folder / "val.jsonl").unlink(), everything),
+                             (lambda: (folder / "commands.json").unlink(), everything),
+                             (lambda: setattr(settings, "vocab_size", 310), everything[1:])):
+        damage()
+        assert commands()[1] == expected
+    assert len(bpe.Tokenizer.load(folder)) == 310
+    Path("book.txt").write_text(text[:21000])
+    assert commands()[1] == everything                                       # another text, another folder
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# ddp.py
+
+DDP_PROGRAM = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+from ddp import DDP
+
+class Net(torch.nn.Module):                     # a tied, a frozen, an unused and a sometimes used parameter, odd sizes, a buffer
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(5, 7), torch.nn.Linear(7, 7)
+        self.second.bias = self.first.bias
+        self.frozen = torch.nn.Parameter(torch.randn(7), requires_grad=False)
+        self.unused, self.sometimes = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(7))
+        self.register_buffer("shift", torch.randn(7))
+    def forward(self, x, special=False):
+        h = self.second(torch.tanh(self.first(x))) + self.frozen + self.shift
+        return h * self.sometimes if special else h
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+alone, x = Net(), torch.randn(8, 5)
+torch.manual_seed(rank)
+net = Net()
+both = DDP(net, bucket_mb=4e-5)                 # several buckets
+assert len(both.buckets) > 2
+assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), alone.state_dict().values())), "rank 0's weights"
+for step in range(10):
+    half = x[4 * rank:4 * rank + 4]
+    with both.no_sync():
+        (both(half[:2]).pow(2).mean() / 2).backward()
+    (both(half[2:], special=rank == 1).pow(2).mean() / 2).backward()
+    both.finish_gradient_synchronization()
+    parts = [alone(x[0:2]), alone(x[2:4]), alone(x[4:6]), alone(x[6:8], special=True)]
+    (sum(part.pow(2).mean() for part in parts) / 4).backward()
+    for (name, a), b in zip(net.named_parameters(), alone.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            assert (a.grad - b.grad).abs().max() < 1e-6, name
+            with torch.no_grad():
+                a.sub_(0.1 * a.grad); b.sub_(0.1 * b.grad)
+        a.grad = b.grad = None
+for module, words in ((torch.nn.Linear(3, 3 + rank), "ranks hold different models"), (torch.nn.Flatten(), "nothing to average")):
+    try:
+        DDP(module)
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+print("equal")
+"""
+
+
+def test_ddp_gives_every_rank_the_gradients_of_the_whole_batch(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(DDP_PROGRAM.format(here=str(HERE)))
+    out, err = torchrun(2, program).communicate(timeout=120)
+    assert out.count("equal") == 2, err
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+def test_top_k_and_top_p_leave_the_tokens_worked_by_hand():
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.05, 0.05, 0.05, 0.85]]).log()
+    kept = lambda **options: [torch.isfinite(row).nonzero()[:, 0].tolist() for row in filter_logits(logits, **options)]
+    assert kept() == [[0, 1, 2, 3]] * 2
+    assert kept(top_k=2)[0] == [0, 2] and kept(top_k=1) == [[0], [3]]
+    assert kept(top_p=0.5) == [[0, 2], [3]] and kept(top_p=0.39)[0] == [0] and kept(top_p=0.95)[0] == [0, 1, 2, 3]
+    assert kept(top_k=3, top_p=0.75)[0] == [0, 2]                            # of the three, 0.4/0.9 and 0.3/0.9 make up 0.78
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    for temperature, expected in ((1.0, probabilities), (0.5, probabilities ** 2 / (probabilities ** 2).sum())):
+        drawn = sample.draw(probabilities.log().expand(20000, 4), temperature, None, None, generator)
+        counts = torch.bincount(drawn, minlength=4)
+        chi_square = ((counts - 20000 * expected) ** 2 / (20000 * expected)).sum()
+        assert chi_square < 16.27                                            # exceeded by chance once in a thousand, 3 degrees
+    assert sample.draw(probabilities.log()[None], 0, None, None, None).tolist() == [0]
+
+
+def test_greedy_text_is_the_likeliest_token_of_a_full_pass_each_time():
+    made = small()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+    for prompt, new in zip(prompts, generate(made, prompts, 10, temperature=0)):
+        row = list(prompt)
+        for token in new:
+            assert token == made(torch.tensor([row]))[0, -1].argmax().item()
+            row.append(token)
+        assert len(new) == 10
+
+
+def test_a_seed_repeats_the_draws_and_equal_prompts_draw_independently():
+    made = small()
+    first = generate(made, [[3], [3], [3]], 12, seed=4)
+    assert first == generate(made, [[3], [3], [3]], 12, seed=4) != generate(made, [[3], [3], [3]], 12, seed=5)
+    assert first[0] != first[1] != first[2]
+
+
+def test_rows_end_at_an_ending_token_at_a_stop_and_where_the_context_is_full():
+    made = small(max_position_embeddings=20)
+    free = generate(made, [[3, 4], [5] * 15], 50, temperature=0)
+    assert [len(row) for row in free] == [18, 5]                             # up to 20 positions each
+    stop = free[0][6]
+    where = free[0].index(stop)
+    assert generate(made, [[3, 4], [5] * 15], 50, temperature=0, stop=[stop])[0] == free[0][:where + 1]
+    ending = small(max_position_embeddings=20, eos_token_id=[stop, 96])
+    assert generate(ending, [[3, 4]], 50, temperature=0)[0] == free[0][:where + 1]
+    assert generate(made, [], 5) == [] and generate(made, [[1]], 0) == [[]]
+
+
+def test_an_empty_prompt_starts_from_the_beginning_of_sequence_token():
+    made = small(bos_token_id=7)
+    assert generate(made, [[]], 8, temperature=0) == generate(made, [[7]], 8, temperature=0)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(small(), [[]], 8)
+
+
+@pytest.mark.parametrize("prompts, options, words", [
+    ([[1], [2] * 40], {}, "prompt 2 has 40 tokens and the model's context holds 40"), ([[1, 97]], {}, "outside the vocabulary of 97"),
+    ([[1]], {"temperature": -1}, "temperature is -1"), ([[1]], {"top_p": 0}, "top_p is 0"), ([[1]], {"top_k": 0}, "top_k is 0")])
+def test_what_cannot_be_generated_is_refused_in_one_line(prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        generate(small(), prompts, 5, **options)
+
+
+def test_sample_py_speaks_from_the_newest_run(twenty_steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(call(sample, capsys, monkeypatch), "no run in runs/", "torchrun train.py")
+    for name in ("old", "new"):
+        shutil.copytree(twenty_steps, tmp_path / "runs" / name)
+    os.utime(tmp_path / "runs" / "old" / "model.safetensors", (0, 0))
+    code, out, _ = call(sample, capsys, monkeypatch, "--prompt", "def é", "--max_new_tokens", 20, "--seed", 1)
+    assert code == 0 and "[runs/new]\ndef é" in out and "tokens/s" in out
+    code, several, _ = call(sample, capsys, monkeypatch, "--prompt", "a", "--prompt", "b", "--num_samples", 2, "--max_new_tokens", 5)
+    assert code == 0 and "4 of 4" in several
+    assert refused(call(sample, capsys, monkeypatch, "--prompt", "long " * 500), "prompt 1", "nothing was generated")
+    assert refused(call(sample, capsys, monkeypatch, "--stop", "two words"), "--stop 'two words'")
+    assert refused(call(sample, capsys, monkeypatch, "--model", "nowhere"), "nowhere", "no config.json")
+    lines = iter(["x = ", "long " * 500, "y"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    code, out, err = call(sample, capsys, monkeypatch, "--interactive", "--max_new_tokens", 4)
+    assert code == 0 and out.count("[1 sample(s)") == 2 and "nothing was generated" in err
+
+
+def test_a_character_split_over_tokens_is_printed_whole(capsys):
+    printer = sample.Printer(bpe.Tokenizer({i: bytes([i]) for i in range(256)}, []))
+    for byte in "é字".encode():
+        printer.put(byte)
+        assert "\ufffd" not in capsys.readouterr().out.replace("é", "").replace("字", "")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The house
+
+def test_ground_floor_files_import_alone_from_an_empty_folder(tmp_path):
+    processes = {}
+    for name in ("bpe", "model", "ddp", "data"):
+        (tmp_path / name).mkdir()
+        shutil.copy(HERE / f"{name}.py", tmp_path / name)
+        processes[name] = subprocess.Popen([sys.executable, "-c", f"import {name}, os; assert '{tmp_path}' in {name}.__file__"],
+                                           cwd=tmp_path / name, stderr=subprocess.PIPE, text=True)
+    for name, process in processes.items():
+        assert process.wait(60) == 0, (name, process.stderr.read())
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -1348,7 +1348,7 @@ def tokens(tmp_path_factory):
 
 # eight sequences of 32 tokens a batch, through a model of two narrow layers, in float32
 SHAPE = ("--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 --sequence_length 32 "
-         "--batch_tokens 256 --dtype float32 --device cpu --log_every 1").split()
+         "--batch_tokens 256 --learning_rate 4e-3 --dtype float32 --device cpu --log_every 1").split()
 
 
 def records(folder):
@@ -1376,6 +1376,7 @@ def test_a_run_learns_and_logs_what_the_plan_says(twenty_steps):
     assert rows[-1]["tokens"] == 20 * 256 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert rows[-1]["val_loss"] < rows[0]["loss"] and 1 < rows[-1]["val_bpb"] < 8
     assert sum(row["val_loss"] is not None for row in rows) == 10            # nine on the way, one at the end
+    assert json.loads((twenty_steps / "args.json").read_text())["learning_rate"] == 4e-3
     # warm-up over one step of twenty, then half a cosine; each step's rate is that of its middle
     assert rows[0]["lr"] == pytest.approx(4e-3 * 0.5)
     assert rows[10]["lr"] == pytest.approx(4e-3 * (1 + math.cos(math.pi * 9.5 / 19)) / 2)
@@ -1406,7 +1407,8 @@ def test_transformers_opens_a_run_folder_with_equal_ids_and_logits(twenty_steps)
 
 def test_a_run_cut_in_two_leaves_the_same_weights_and_the_same_log(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cut"
-    code, text, _ = call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--steps", 20, "--stop_after", 10, *SHAPE)
+    code, text, _ = call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--steps", 20, "--stop_after", 10,
+                         "--eval_every", 5, "--save_every", 5, *SHAPE)
     assert code == 0 and f"--resume {out}" in text
     assert trajectory(out) == trajectory(twenty_steps)[:10]
     assert call(train, capsys, monkeypatch, "--resume", out)[0] == 0
@@ -1463,6 +1465,8 @@ def test_a_run_by_the_clock_ends_on_time_with_its_rate_brought_down(tokens, tmp_
     assert call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--max_seconds", 2, *SHAPE)[0] == 0
     rows = records(out)
     assert 2 <= rows[-1]["seconds"] < 4 and rows[-1]["lr"] < 0.05 * max(row["lr"] for row in rows)
+    assert call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "blink", "--max_seconds", 1e-6, *SHAPE)[0] == 0
+    assert records(tmp_path / "blink")[-1]["step"] == 1                      # one step at least
 
 
 def break_forward(monkeypatch, broken):

@@ -2,7 +2,7 @@
 Training: tokens in, a model folder out.
 
 `torchrun train.py` with nothing else runs the whole pipeline on the text that Python carries: it calls data.py and bpe.py
-(and shows the commands), trains a small model for about two minutes, measures it, and lets sample.py speak. With --data
+(and shows the commands), trains a small model for two and a half minutes, measures it, and lets sample.py speak. With --data
 it trains on a text file of yours, or on a folder of tokens (train.npy, val.npy, tokenizer.json) that bpe.py wrote.
 
     torchrun train.py                                                   # one process; --nproc_per_node=8 for eight
@@ -71,11 +71,11 @@ class Settings:
     # how long: one of three
     steps: int = flag(int, None, "number of optimizer steps")
     tokens: float = flag(float, None, "number of tokens, such as 1e9; rounded up to whole steps")
-    max_seconds: float = flag(float, None, "seconds of training by the clock (none of the three: 120; on a GPU four epochs)")
+    max_seconds: float = flag(float, None, "seconds of training by the clock (none of the three: 150; on a GPU four epochs)")
     # how
     batch_tokens: int = flag(int, None, "tokens per optimizer step, over all ranks; none: 2048 on a CPU, 65536 on a GPU")
     micro_batch_size: int = flag(int, None, "sequences per forward pass on a rank; the rest is accumulated")
-    learning_rate: float = flag(float, 4e-3, "peak learning rate")
+    learning_rate: float = flag(float, None, "peak learning rate; none: 0.5 / hidden_size")
     final_learning_rate: float = flag(float, 0.0, "learning rate at the end")
     schedule: str = flag(str, "cosine", "cosine, or wsd: warm up, stay, decay linearly")
     warmup: float = flag(float, 0.05, "share of the budget over which the learning rate rises")
@@ -608,7 +608,7 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     gpu = device.type == "cuda"
     s.batch_tokens = s.batch_tokens if s.batch_tokens is not None else 65536 if gpu else 2048
     if s.steps is None and s.tokens is None and s.max_seconds is None and not gpu:
-        s.max_seconds = 120.0
+        s.max_seconds = 150.0
     if s.init_from is None:
         s.preset = s.preset or ("mini" if gpu else "tiny")
         preset(s.preset)                                                 # unknown: the error names the nearest
@@ -766,6 +766,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if (largest := data.largest()) >= config.vocab_size:
             raise ValueError(f"{data.path} holds the token {largest}, beyond the model's vocabulary of {config.vocab_size}; "
                              "was it made with another tokenizer?")
+    s.learning_rate = s.learning_rate or 0.5 / config.hidden_size        # 4e-3 at width 128, 6.5e-4 at GPT-2's 768
     if s.steps is None and s.tokens is None and s.max_seconds is None:
         s.tokens = 4.0 * len(training.tokens)                            # more epochs teach little (arXiv 2305.16264)
     batch, micro = split_batch(s, length, ranks.count, 32 if device.type == "cuda" else 8)
@@ -804,8 +805,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     # --- one step after the other
     clock_start = time.perf_counter() - seconds
     clock = lambda: time.perf_counter() - clock_start                    # seconds of training, those before a resume too
-    position = seconds if by_clock else step                             # how much of `total` is used up
-    bar = tqdm(total=round(total), initial=min(int(position), round(total)), disable=not first,
+    position, step_before = seconds if by_clock else step, step          # how much of `total` is used up
+    bar = tqdm(total=math.ceil(total), initial=int(position), disable=not first,
                mininterval=0.2 if sys.stderr.isatty() else 15, unit="s" if by_clock else "steps",
                bar_format="{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]")
     wandb = start_wandb(args, out) if s.wandb and first else None
@@ -827,12 +828,15 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     with bar:                                                            # closed before an error is told
         while True:
             # rank 0's clock and anybody's signal hold for all, or the ranks would leave the loop at different steps
-            stop, seconds = ranks.agree(interrupt.signal or -(step == s.stop_after), clock() if first else 0)
+            stop = interrupt.signal or int(s.stop_after is not None and step >= s.stop_after)
+            half = meter.durations[-1] / 2 if meter.durations else 0.0   # half of a step, in seconds
+            stop, seconds, half = ranks.agree(stop, clock() if first else 0.0, half if first else 0.0)
             before, position = position, seconds if by_clock else step
-            bar.update(min(int(position), round(total)) - bar.n)
-            if position >= total or stop:
+            bar.update(min(int(position), bar.total) - bar.n)
+            started = step > step_before                                 # at least one step is made, and nothing is done twice
+            if stop or started and position >= total:
                 break
-            due = lambda every: step % every == 0 and step > 0 if every else int(10 * position / total) > int(10 * before / total)
+            due = lambda every: started and (step % every == 0 if every else int(10 * position / total) > int(10 * before / total))
             if due(s.eval_every):
                 meter.catch_up()
                 meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
@@ -840,7 +844,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
                 save()
 
             # a step's rate is taken at its middle, so that neither the first nor the last is zero
-            middle = position + (meter.durations[-1] / 2 if by_clock and meter.durations else 0 if by_clock else 0.5)
+            middle = position + (half if by_clock else 0.5)
             rate = learning_rate(middle, total, s.learning_rate, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
             loss = torch.zeros((), device=device)
             for i in range(0, share, micro):
@@ -878,8 +882,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             print_result(meter.record, out)
         return out
     say(f"stopped after step {step}; everything is in {out}. To go on: torchrun train.py --resume {out}", flush=True)
-    if stop > 0:
-        sys.exit(128 + int(stop))                                        # what a shell reports of a process that a signal ended
+    if interrupt.signal:
+        sys.exit(128 + interrupt.signal)                                 # what a shell reports of a process that a signal ended
     return None
 
 

@@ -161,12 +161,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, len(x), rows):
                 part = slice(i, i + rows)
                 logits = (x[part] @ w.T).float()                                     # (rows, V)
-                log_sum = torch.logsumexp(logits, -1, keepdim=True)                  # (rows, 1)
-                loss += (log_sum - logits.gather(1, y[part]))[:, 0].where(counted[part], 0).sum()
+                target, peak = logits.gather(1, y[part]), logits.amax(-1, keepdim=True)
+                exponentials = logits.sub_(peak).exp_()                              # in the logits' memory: V is large
+                total = exponentials.sum(-1, keepdim=True)                           # (rows, 1)
+                loss += (total.log() + peak - target)[:, 0].where(counted[part], 0).sum()
                 if backward:
-                    grad = logits.sub_(log_sum).exp_()                               # softmax, in the logits' memory
-                    grad.scatter_add_(1, y[part], grad.new_full((1, 1), -1).expand_as(y[part]))
-                    grad = (grad * (counted[part] / count)[:, None]).to(dtype)
+                    share = (counted[part] / count)[:, None]                         # of each position in the mean
+                    grad = exponentials.mul_(share / total).scatter_add_(1, y[part], -share).to(dtype)
                     x_grad[part] = grad @ w
                     w_grad += grad.T @ x[part]
         if backward:

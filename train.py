@@ -138,14 +138,13 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 go = 1.0 if skip is None else (~skip).float()           # 1, or 0 to leave everything as it is
-                gradient = p.grad.float() if skip is None else p.grad.float().where(~skip, 0)
                 state["step"] += go
                 m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                gradient = p.grad.float() if skip is None else p.grad.float().where(~skip, 0)
                 m.lerp_(gradient, (1 - beta1) * go)
                 v.lerp_(gradient.square(), (1 - beta2) * go)
-                denominator = (v / (1 - beta2 ** t)).sqrt_().add_(eps)
                 p.mul_(1 - lr * group["weight_decay"] * go)
-                p.sub_(m / denominator * (lr * go / (1 - beta1 ** t)))
+                p.addcdiv_(m * (-lr * go / (1 - beta1 ** t)), (v / (1 - beta2 ** t)).sqrt_().add_(eps))
 
 
 def decay_groups(module, weight_decay: float) -> list[dict]:

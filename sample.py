@@ -81,15 +81,15 @@ def decode_one(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, stop=None, seed: int | None = None) -> Iterator[list[int | None]]:
+           top_k: int | None = None, top_p: float | None = None, stop=None,
+           seed: int | None = None) -> Iterator[list[int | None]]:
     """Yield, step by step, each row's new token, or None for a row that has ended. Arguments as in `generate`."""
     config = model.config
     check(config, prompts, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return
     prompts = [prompt or [config.bos_token_id] for prompt in prompts]
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = {*ends, *(stop or ())}
+    ends = ending_ids(config, stop)
     longest = max(map(len, prompts))
     device, weight = model.cos.device, model.lm_head.weight
     generator = torch.Generator(device)
@@ -132,6 +132,12 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     return out
 
 
+def ending_ids(config, stop=None) -> set[int]:
+    """The ids after which a row ends: the model's own (one, several or none) and `stop`."""
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return {*own, *(stop or ())} - {None}
+
+
 def check(config, prompts, max_new_tokens, temperature, top_k, top_p):
     """ValueError in one line for what cannot be generated."""
     for number, prompt in enumerate(prompts, 1):
@@ -172,7 +178,7 @@ def speak(model: Transformer, tokenizer: Tokenizer, texts: list[str], args) -> N
     alone = len(prompts) == 1
     out, times, printer = [[] for _ in prompts], [time.perf_counter()], Printer(tokenizer)
     print(texts[0] if alone else "", end="", flush=True)
-    silent = {*stop, model.config.eos_token_id} if not isinstance(model.config.eos_token_id, list) else {*stop, *model.config.eos_token_id}
+    silent = ending_ids(model.config, stop)
     for new in stream(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop, args.seed):
         times.append(time.perf_counter())
         for row, token in zip(out, new):
@@ -185,9 +191,9 @@ def speak(model: Transformer, tokenizer: Tokenizer, texts: list[str], args) -> N
             text = tokenizer.decode([*prompt[len(start_token):], *(token for token in row if token not in silent)])
             print(f"--- {number} of {len(prompts)} " + "-" * 60 + f"\n{text}")
     if len(times) > 2:
-        count, prefill_time, decode_time = sum(map(len, out)), times[1] - times[0], times[-1] - times[1]
-        print(f"\n[{len(prompts)} sample(s); prefill {sum(map(len, prompts))} tokens at {sum(map(len, prompts)) / prefill_time:,.0f} "
-              f"tokens/s, decode {count} tokens at {(count - len(prompts)) / decode_time:,.0f} tokens/s]")
+        given, new, prefill_time, decode_time = sum(map(len, prompts)), sum(map(len, out)), times[1] - times[0], times[-1] - times[1]
+        print(f"\n[{len(prompts)} sample(s); prefill {given} tokens at {given / prefill_time:,.0f} tokens/s, "
+              f"decode {new} tokens at {(new - len(prompts)) / decode_time:,.0f} tokens/s]")
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -125,8 +126,15 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None):
-        """One update. Where `skip`, a boolean on the device, is true, nothing changes, t included: deciding it there
-        spares the host from waiting for the device."""
+        """One update. Where `skip`, a boolean on the parameters' device, is true, nothing changes, t included."""
+        if skip is None or skip.device.type != "cpu":
+            self.update(skip)
+        elif not skip:                                                   # a CPU's host need not wait to know
+            self.update(None)
+
+    @torch.no_grad()
+    def update(self, skip: Tensor | None):
+        """The formulas; with `skip` its outcome is decided on the device, which spares the host from waiting for it."""
         for group in self.param_groups:
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
             for p in group["params"]:
@@ -268,7 +276,7 @@ def map_tokens(path) -> np.ndarray:
 def run(*command) -> None:
     """Show a command of this project and run it; its own error line says what went wrong."""
     script, *rest = map(str, command)
-    print("$ python", " ".join([script, *rest]), flush=True)
+    print("$ python", shlex.join([script, *rest]), flush=True)
     code = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *rest]).returncode
     if code:
         raise ValueError(f"{script} ended with exit code {code}; its message stands above")
@@ -808,6 +816,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     bar = tqdm(total=math.ceil(total), initial=int(position), disable=not first,
                mininterval=0.2 if sys.stderr.isatty() else 15, unit="s" if by_clock else "steps",
                bar_format="{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]")
+    # from pinned memory a copy runs beside the computation
+    to_device = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
     wandb = start_wandb(args, out) if s.wandb and first else None
     meter = Meter(out, s, bar, wandb, clock, device, batch * length, flops_per_token(config, length), peak * ranks.count)
     skipped = torch.tensor([skipped, 0], device=device)                  # steps that were not finite: all, and the latest in a row
@@ -847,8 +857,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             rate = learning_rate(middle, total, s.learning_rate, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
             loss = torch.zeros((), device=device)
             for i in range(0, share, micro):
-                tokens, targets = training.batch(step * batch + ranks.rank * share + i, micro)
-                tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                tokens, targets = map(to_device, training.batch(step * batch + ranks.rank * share + i, micro))
                 last = i + micro == share
                 with nullcontext() if last or ranks.count == 1 else parallel.no_sync():
                     with autocast():
@@ -977,7 +986,9 @@ def main():
         settings, saved = parse(sys.argv[1:])
         out = train(settings, saved)
         if out and rank == 0 and settings.data is None:
-            run("sample.py", "--model", out, "--num_samples", 3, "--max_new_tokens", 100, "--seed", 1)
+            prompts = ("import os\n", "def __init__(self", "class Error(Exception):")
+            run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
+                "--temperature", 0.7, "--seed", 1)
     except KeyboardInterrupt:
         fail(130, ValueError("interrupted before training began; what was there before is as it was"))
     except FloatingPointError as error:

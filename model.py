@@ -514,9 +514,10 @@ def write_atomically(path, *chunks):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:                             # a failed write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save_safetensors(tensors: dict[str, Tensor], path):
@@ -650,8 +651,9 @@ def load_pretrained(folder, ops: Ops = Ops()) -> Transformer:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} is no model folder: it has no {name}")
+    values = read_json(folder / "config.json")
     try:
-        config = config_from_json(read_json(folder / "config.json"))
+        config = config_from_json(values)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if (folder / "generation_config.json").exists():      # chat models end at more tokens than config.json names
@@ -717,7 +719,7 @@ def main():
             path = Path(name, "config.json")
             rows[name] = config_from_json(read_json(path)) if path.exists() else preset(name)
         for flag in ("sequence_length", "batch_size"):
-            if (getattr(args, flag) or 1) < 1:
+            if getattr(args, flag) is not None and getattr(args, flag) < 1:
                 raise ValueError(f"--{flag} is {getattr(args, flag)}; it must be at least 1")
     except (ValueError, OSError) as error:
         parser.error(error)

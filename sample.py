@@ -18,6 +18,7 @@ decoding, chat, a server.
 """
 import argparse
 import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,8 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     """One token per row, (B): from softmax(logits / temperature) after the filters; the likeliest at temperature 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)          # 0 at most, so that no temperature overflows
+    probabilities = filter_logits(logits / max(temperature, 1e-6), top_k, top_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
@@ -176,6 +178,7 @@ def speak(model: Transformer, tokenizer: Tokenizer, texts: list[str], args) -> N
     prompts = [start_token + tokenizer.encode(text, special="text") for text in texts for _ in range(args.num_samples)]
     stop = [single_token(tokenizer, text) for text in args.stop or ()]
     alone = len(prompts) == 1
+    check(model.config, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p)   # before anything is printed
     out, times, printer = [[] for _ in prompts], [time.perf_counter()], Printer(tokenizer)
     print(texts[0] if alone else "", end="", flush=True)
     silent = ending_ids(model.config, stop)
@@ -234,6 +237,8 @@ def main():
         device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if device not in ("cuda", "mps", "cpu"):
             raise ValueError(f"--device is {device!r}; it must be cuda, mps or cpu")
+        if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"--device is {device}, and this machine has none; take cpu")
         folder = Path(args.model) if args.model else newest_run()
         model = load_pretrained(folder).to(device)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -251,6 +256,8 @@ def main():
     except (KeyboardInterrupt, EOFError):
         print()
         sys.exit(0 if args.interactive else 130)
+    except BrokenPipeError:                                                  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         parser.error(f"{error.strerror}: {error.filename}" if error.strerror else error)
     except ValueError as error:

@@ -20,6 +20,7 @@ A run folder is a Hugging Face model folder plus args.json, log.jsonl (one objec
 """
 import ctypes
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -106,9 +107,10 @@ class Settings:
 # A resumed run may change these freely: how long, where and how often, not what it is.
 FREE = set("steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
            "stop_after wandb micro_batch_size max_skipped".split())
+# What a flag may change of a preset.
+SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size initializer".split()
 # Changing one of these makes it another run.
-FIXED = set("data vocab_size preset hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "intermediate_size initializer sequence_length init_from batch_tokens seed".split())
+FIXED = {*SHAPE, *"data vocab_size preset sequence_length init_from batch_tokens seed".split()}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -274,12 +276,14 @@ def map_tokens(path) -> np.ndarray:
 # Earlier stages: run what is missing
 
 def run(*command) -> None:
-    """Show a command of this project and run it; its own error line says what went wrong."""
+    """Show a command of this project and run it. When it fails, its own line has said why, and this process ends as it did."""
     script, *rest = map(str, command)
     print("$ python", shlex.join([script, *rest]), flush=True)
     code = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *rest]).returncode
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
     if code:
-        raise ValueError(f"{script} ended with exit code {code}; its message stands above")
+        sys.exit(code)
     print(flush=True)
 
 
@@ -317,6 +321,8 @@ def prepare(settings: Settings) -> Path:
     name = f"{Path(sources[0]).name.split('.')[0]}-{stamp.hexdigest()[:8]}" if sources else "local"
     if settings.init_from:
         name += "-" + Path(settings.init_from).name
+    elif settings.vocab_size != Settings.vocab_size:
+        name += f"-{settings.vocab_size}"
     folder = Path("corpus", name)
     documents, tokenizer = [folder / "train.jsonl", folder / "val.jsonl"], folder / "tokenizer.json"
     workers = ["--workers", settings.workers] if settings.workers else []
@@ -327,21 +333,29 @@ def prepare(settings: Settings) -> Path:
          [folder / "train.npy", folder / "val.npy"])]
     if settings.init_from:                                               # a trained model brings its own tokenizer
         stages[1] = (None, [tokenizer])
-    record = folder / "commands.json"
+    # commands.json says what was run and what came of it: a file that was changed by hand since is made again, and so is
+    # all that follows. It is cut back before a stage runs, so that a stage that is interrupted counts as not run.
+    record, stale = folder / "commands.json", False
     done = read_json(record) if whole(record) else {}
-    stale = False
     for number, (command, outputs) in enumerate(stages):
-        words = [str(word) for word in command or [settings.init_from]]
-        if stale or done.get(str(number)) != words or not all(map(whole, outputs)):
-            stale = True
-            done = {key: value for key, value in done.items() if int(key) < number}
-            for output in outputs if number else []:                     # what was made from another input is of no use
-                output.unlink(missing_ok=True)
-            if command:
-                run(*command)
-            else:
-                write_atomically(tokenizer, Path(settings.init_from, "tokenizer.json").read_bytes())
-            done[str(number)] = words
+        made = lambda: {"command": [str(word) for word in command or [settings.init_from]],
+                        "outputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in outputs]}
+        if stale or not all(map(whole, outputs)) or done.get(str(number)) != made():
+            stale, done = True, {key: value for key, value in done.items() if int(key) < number}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(record, json.dumps(done, indent=2).encode())
+            try:
+                if command:
+                    run(*command)
+                else:
+                    write_atomically(tokenizer, Path(settings.init_from, "tokenizer.json").read_bytes())
+            except BaseException:
+                if not done:                                             # nothing came of this text: leave nothing behind
+                    record.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        folder.rmdir()
+                raise
+            done[str(number)] = made()
             write_atomically(record, json.dumps(done, indent=2).encode())
     return folder
 
@@ -387,6 +401,8 @@ def pick_device(settings: Settings, ranks: "Ranks") -> torch.device:
                                "mps" if torch.backends.mps.is_available() else "cpu")
     if kind not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device is {kind!r}; it must be cuda, mps or cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device is mps, and this machine has none; take cpu")
     if kind == "cuda":
         if ranks.local >= torch.cuda.device_count():
             raise ValueError(f"local rank {ranks.local} has no GPU: this machine has {torch.cuda.device_count()}; "
@@ -422,9 +438,8 @@ def save_checkpoint(folder, model: torch.nn.Module, optimizer: torch.optim.Optim
         with open(temporary, "wb") as file:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:                                # how torch reports a full disk
-                raise OSError(f"{temporary.with_name(name)} could not be written ({str(error).splitlines()[0]}); "
-                              "is the disk full?") from None
+            except RuntimeError:                                         # how torch reports a full disk
+                raise OSError(f"{temporary.with_name(name)} could not be written; is the disk full?") from None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, state / name)
@@ -441,6 +456,8 @@ def load_checkpoint(folder, model: torch.nn.Module | None = None, optimizer: tor
     latest = Path(folder, "state", "latest.json")
     if not latest.exists():
         raise ValueError(f"{folder} holds no checkpoint (no state/latest.json), so there is nothing to resume")
+    if not read_json(latest).get("files"):
+        raise ValueError(f"{latest} names no checkpoint; it is not what train.py writes")
     path = latest.parent / read_json(latest)["files"][0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -455,15 +472,15 @@ def load_checkpoint(folder, model: torch.nn.Module | None = None, optimizer: tor
     return content
 
 
-def export(model: Transformer, folder, tokenizer: Path):
-    """Write the model folder that others open: weights, config, tokenizer."""
+def export(model: Transformer, folder, tokenizer: bytes | None):
+    """Write the model folder that others open: weights, config, and the content of its tokenizer.json."""
     save_pretrained(model, folder)
-    if tokenizer.exists():
+    if tokenizer:
         names = {key: "<|endoftext|>" for key in ("bos_token", "eos_token") if model.config.eos_token_id is not None}
         write_atomically(Path(folder, "tokenizer_config.json"), json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_position_embeddings,
             "clean_up_tokenization_spaces": False, **names}, indent=2).encode())
-        write_atomically(Path(folder, "tokenizer.json"), tokenizer.read_bytes())
+        write_atomically(Path(folder, "tokenizer.json"), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -621,15 +638,26 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
         preset(s.preset)                                                 # unknown: the error names the nearest
     elif not Path(s.init_from, "config.json").exists():
         raise ValueError(f"--init_from {s.init_from}: there is no model folder (no config.json)")
+    for name in ("preset", *SHAPE):
+        if s.init_from and getattr(s, name) is not None:
+            raise ValueError(f"--{name} {getattr(s, name)} contradicts --init_from {s.init_from}, whose model has a shape already")
     if sum(budget is not None for budget in (s.steps, s.tokens, s.max_seconds)) > 1:
         raise ValueError("give one of --steps, --tokens and --max_seconds: the schedule follows one budget")
+    for f in fields(s):
+        if isinstance(getattr(s, f.name), float) and not math.isfinite(getattr(s, f.name)):
+            raise ValueError(f"--{f.name} is {getattr(s, f.name)}; it must be a finite number")
+    if s.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     positive = ("steps tokens max_seconds batch_tokens micro_batch_size sequence_length learning_rate clip log_every "
                 "eval_every eval_tokens save_every stop_after vocab_size max_skipped workers").split()
     for name in positive:
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must be above 0")
-    for name in ("warmup", "decay", "beta1", "beta2"):
-        if not 0 <= getattr(s, name) <= 1:
+    for name in ("final_learning_rate", "weight_decay", "seed", "warmup", "decay", "beta1", "beta2"):
+        if getattr(s, name) < 0:
+            raise ValueError(f"--{name} is {getattr(s, name)}; it must not be negative")
+    for name, fine in {"warmup": s.warmup <= 1, "decay": s.decay <= 1, "beta1": s.beta1 < 1, "beta2": s.beta2 < 1}.items():
+        if not fine:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
     for name, choices in {"schedule": ("cosine", "wsd"), "dtype": (None, "bfloat16", "float32")}.items():
         if getattr(s, name) not in choices:
@@ -650,8 +678,7 @@ def make_model(settings: Settings, tokens: Path) -> Transformer:
         if (settings.sequence_length or 0) > longest:
             raise ValueError(f"--sequence_length {settings.sequence_length} exceeds the {longest} positions of {settings.init_from}")
         return model
-    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size initializer".split()
-    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    given = {name: getattr(settings, name) for name in SHAPE if getattr(settings, name) is not None}
     derived = {}                                                         # what follows from a changed shape, unless given too
     if "hidden_size" in given or "num_attention_heads" in given:
         derived = {"head_dim": None, "num_key_value_heads": None}
@@ -681,7 +708,7 @@ def split_batch(settings: Settings, sequence_length: int, ranks: int, largest: i
     return sequences, micro
 
 
-def open_run(s: Settings, saved: dict | None, fingerprint: str, device: torch.device) -> tuple[Path, dict, float]:
+def open_run(s: Settings, saved: dict | None, tokens_folder: Path, fingerprint: str, device: torch.device) -> tuple[Path, dict, float]:
     """The run folder, what its args.json shall say, and the FLOP/s to measure utilization against. Made on rank 0 for all."""
     if saved is not None:
         out = Path(s.resume)
@@ -690,20 +717,28 @@ def open_run(s: Settings, saved: dict | None, fingerprint: str, device: torch.de
                              f"{saved['data_fingerprint']} then, {fingerprint} now)")
     else:
         out = Path(s.out or f"runs/{s.preset or Path(s.init_from).name}-{datetime.now():%Y%m%d-%H%M%S}")
-        if (out / "args.json").exists():
+        if (out / "state" / "latest.json").exists():
             raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     peaks = {dtype: peak_flops(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     dtype = s.dtype or max(peaks, key=peaks.get)
-    return out, {**asdict(s), "dtype": dtype, "data_fingerprint": fingerprint}, peaks[dtype]
+    return out, {**asdict(s), "dtype": dtype, "tokens_folder": str(tokens_folder.resolve()), "data_fingerprint": fingerprint}, peaks[dtype]
 
 
 def cut_log(out: Path, step: int):
     """Drop what was logged after `step`, and a line cut short by a kill: a resumed run logs it again."""
-    path = out / "log.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+    if (out / "log.jsonl").exists():
+        kept = [json.dumps(record) + "\n" for record in read_log(out) if record["step"] <= step]
+        write_atomically(out / "log.jsonl", "".join(kept).encode())
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The records of a run's log.jsonl; a last line that a kill cut short does not count."""
+    path = Path(folder, "log.jsonl")
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -734,11 +769,8 @@ def explain_changes(say, s: Settings, saved: dict, step: int, seconds: float, to
 
 
 def start_wandb(args: dict, out: Path):
-    """A Weights & Biases run; ValueError when the package is missing."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+    """A Weights & Biases run (the package is optional; `resolve` has looked whether it is there)."""
+    import wandb
     wandb.init(project="flatlm", name=out.name, config=args)
     return wandb
 
@@ -765,7 +797,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     say = print if first else lambda *words, **more: None
 
     # --- data, model, optimizer
-    tokens_folder = ranks.from_first(lambda: prepare(s))
+    at_hand = saved is not None and Path(saved["tokens_folder"], "train.npy").exists()   # a run outlives the text it came from
+    tokens_folder = Path(saved["tokens_folder"]) if at_hand else ranks.from_first(lambda: prepare(s))
     model = make_model(s, tokens_folder)
     config, length = model.config, s.sequence_length or model.config.max_position_embeddings
     training, validation = (TokenDataset(tokens_folder / name, length, s.seed) for name in ("train.npy", "val.npy"))
@@ -786,7 +819,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     forward = torch.compile(parallel) if s.compile else parallel
 
     # --- the run folder, new or resumed
-    out, args, peak = ranks.from_first(lambda: open_run(s, saved, training.fingerprint(), device))
+    out, args, peak = ranks.from_first(lambda: open_run(s, saved, tokens_folder, training.fingerprint(), device))
     step, seconds, skipped = 0, 0.0, 0
     if saved is not None:
         content = load_checkpoint(out, model, optimizer)
@@ -796,6 +829,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             return None
         explain_changes(say, s, saved, step, seconds, batch * length)
     tokenizer = tokens_folder / "tokenizer.json"
+    tokenizer_json = tokenizer.read_bytes() if tokenizer.exists() else None  # the run's own from now on, whatever becomes of corpus/
     if first:
         cut_log(out, step)
         write_atomically(out / "args.json", json.dumps(args, indent=2).encode())
@@ -829,7 +863,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if first:
             try:
                 save_checkpoint(out, model, optimizer, step, seconds=clock(), skipped=int(skipped[0]))
-                export(model, out, tokenizer)
+                export(model, out, tokenizer_json)
             except OSError as error:
                 raise OSError(f"step {step} could not be saved: {describe(error)}. {last_checkpoint(out)}") from None
         meter.mark = time.perf_counter()
@@ -849,8 +883,11 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             if due(s.eval_every):
                 meter.catch_up()
                 meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
+            pause = due(s.eval_every) or due(s.save_every)
             if due(s.save_every):
                 save()
+            if pause and by_clock:                                       # evaluating and saving used up time too
+                position, = ranks.agree(clock() if first else 0.0)
 
             # a step's rate is taken at its middle, so that neither the first nor the last is zero
             middle = position + (half if by_clock else 0.5)
@@ -888,7 +925,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     if position >= total:
         if first:
             print_result(meter.record, out)
-        return out
+        return out if not interrupt.signal else None
     say(f"stopped after step {step}; everything is in {out}. To go on: torchrun train.py --resume {out}", flush=True)
     if interrupt.signal:
         sys.exit(128 + interrupt.signal)                                 # what a shell reports of a process that a signal ended
@@ -905,7 +942,7 @@ def plot(runs: list[str], out: str):
         path = Path(name, "log.jsonl")
         if not path.exists():
             raise ValueError(f"{name} is no run: it has no log.jsonl")
-        curves[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        curves[name] = read_log(name)
     try:
         import matplotlib
     except ImportError:
@@ -954,6 +991,9 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     if not path.exists():
         raise ValueError(f"--resume {given['resume']}: there is no run here (no args.json)")
     saved = read_json(path)
+    missing = {f.name for f in fields(Settings)} | {"tokens_folder", "data_fingerprint"}
+    if missing - set(saved):
+        raise ValueError(f"{path} has no {sorted(missing - set(saved))[0]}; it is not what train.py writes")
     for name in sorted(FIXED & set(given)):
         if given[name] != saved[name]:
             raise ValueError(f"--resume {given['resume']}: --{name} {given[name]} contradicts the run, whose {name} is "
@@ -990,7 +1030,7 @@ def main():
             run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
                 "--temperature", 0.7, "--seed", 1)
     except KeyboardInterrupt:
-        fail(130, ValueError("interrupted before training began; what was there before is as it was"))
+        fail(130, ValueError("interrupted; what was written before is as it was"))
     except FloatingPointError as error:
         fail(1, error)
     except (ValueError, OSError) as error:

@@ -71,8 +71,8 @@ class DDP(nn.Module):
     def _send(self, bucket):
         # behind the gradients, one number each that says whether this rank has it
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-        used = gradients[0].new_tensor([p.grad is not None for p in bucket])
-        flat = torch.cat([g.reshape(-1) for g in gradients] + [used])
+        used = [p.new_full((1,), float(p.grad is not None)) for p in bucket]     # a fill on the device, not a copy to it
+        flat = torch.cat([g.reshape(-1) for g in gradients + used])
         flat /= dist.get_world_size()                                        # before the sum, which could overflow in float16
         self.in_flight.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
         self.sent += 1

@@ -12,7 +12,8 @@ itself; a last matrix turns vectors into logits over the vocabulary:
 Norms are RMSNorm, positions are rotations (RoPE), the feed-forward network is SwiGLU, query heads may share key-value
 heads, and there are no biases unless a switch in `Config` says so. Parameters bear Hugging Face's names and a model on
 disk is a Hugging Face folder (config.json, model.safetensors), so there is nothing to convert: `AutoModelForCausalLM`
-opens what `save_pretrained` writes, and `load_pretrained` opens Llama, Mistral, Qwen 2 and Qwen 3 folders.
+opens what `save_pretrained` writes, and `load_pretrained` opens Llama, Mistral, Qwen 2 and Qwen 3 folders (in one file, with
+plain RoPE).
 
     model = Transformer(PRESETS["tiny"])        # or load_pretrained("runs/...")
     loss = model(tokens, targets)               # (B, S) and (B, S) -> mean nats per token
@@ -337,14 +338,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                             # (B, H, S, D)
         q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
-        query_start = None
+        placed = {}
         if cache is not None:
             # an empty cache needs no mask by rows: everybody starts at 0 and the fast causal path serves
-            query_start = cache.lengths if cache.end else None
+            placed = {"query_start": cache.lengths} if cache.end else {}
             k, v = cache.append(layer, k, v)
             k, v = k.to(q.dtype), v.to(q.dtype)
         out = self.ops.attention(q, k, v, causal=True, window=self.config.sliding_window,
-                                 document_ids=document_ids, query_start=query_start)  # (B, Hq, S, D)
+                                 document_ids=document_ids, **placed)                # (B, Hq, S, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -576,14 +577,14 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Q
            "mistral": "MistralForCausalLM", "flatlm": "Transformer"}
 
 
-def config_to_json(config: Config) -> dict:
+def config_to_json(config: Config, dtype: torch.dtype = torch.float32) -> dict:
     """What config.json says of a model. RoPE stands twice: transformers 4 read rope_theta, 5 reads rope_parameters."""
     kind = model_type(config)
     keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
             "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings bos_token_id eos_token_id").split()
     keys += ["sliding_window"] if kind == "mistral" else ["qkv_bias", "qk_norm", "sliding_window"] if kind == "flatlm" else []
     return {"architectures": [CLASSES[kind]], "model_type": kind, **{key: getattr(config, key) for key in keys},
-            "hidden_act": "silu", "rope_scaling": None, "torch_dtype": "float32",
+            "hidden_act": "silu", "rope_scaling": None, "torch_dtype": str(dtype).removeprefix("torch."),
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
             **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {})}
 
@@ -628,7 +629,7 @@ def save_pretrained(model: Transformer, folder):
     ends = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id") if getattr(config, key) is not None}
     save_safetensors(tensors, Path(folder, "model.safetensors"))
     write_atomically(Path(folder, "generation_config.json"), json.dumps(ends, indent=2).encode())
-    write_atomically(Path(folder, "config.json"), json.dumps(config_to_json(config), indent=2).encode())
+    write_atomically(Path(folder, "config.json"), json.dumps(config_to_json(config, model.lm_head.weight.dtype), indent=2).encode())
 
 
 def read_json(path) -> dict:
@@ -654,7 +655,7 @@ def load_pretrained(folder, ops: Ops = Ops()) -> Transformer:
     values = read_json(folder / "config.json")
     try:
         config = config_from_json(values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if (folder / "generation_config.json").exists():      # chat models end at more tokens than config.json names
         ends = read_json(folder / "generation_config.json").get("eos_token_id")

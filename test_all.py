@@ -1193,7 +1193,7 @@ def damage(folder, how):
 @pytest.mark.parametrize("how, words", [
     ("cut short", "cut short"), ("cut in its header", "not a safetensors file"), ("not a safetensors file", "not a safetensors file"),
     ("missing", "no model.safetensors"), ({"hidden_size": 64}, "embed_tokens.weight should have shape"),
-    ({"num_hidden_layers": 3}, "should have shape"), ({"num_hidden_layers": 1}, "should have shape none"),
+    ({"num_hidden_layers": 3}, "should have shape"), ({"num_hidden_layers": "2"}, "config.json"), ({"num_hidden_layers": 1}, "should have shape none"),
     ({"model_type": "bert"}, "model_type is 'bert'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"), ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
     ({"attention_bias": True}, "attention_bias"), ({"num_key_value_heads": 3}, "not a multiple")])
@@ -1233,7 +1233,10 @@ def test_a_hundred_steps_of_adamw_equal_torchs():
 
 def test_a_skipped_step_changes_nothing_whatever_the_gradient():
     p = torch.nn.Parameter(torch.randn(5))
-    optimizer = AdamW([p], lr=0.1)
+    optimizer, start = AdamW([p], lr=0.1), p.detach().clone()
+    p.grad = torch.full((5,), float("nan"))
+    optimizer.update(skip=torch.tensor(True))                                # the very first step
+    assert torch.equal(p, start)
     p.grad = torch.randn(5)
     optimizer.step()
     before = [p.detach().clone(), *(value.clone() for value in optimizer.state[p].values())]
@@ -1415,6 +1418,7 @@ def test_a_run_cut_in_two_leaves_the_same_weights_and_the_same_log(tokens, twent
     assert call(train, capsys, monkeypatch, "--resume", out)[0] == 0
     assert (out / "model.safetensors").read_bytes() == (twenty_steps / "model.safetensors").read_bytes()
     assert trajectory(out) == trajectory(twenty_steps)
+    assert [row["step"] for row in records(out) if row["val_loss"]] == [5, 10, 15, 20]
     assert len(list((out / "state").iterdir())) == 2                         # one state, and latest.json
 
 

@@ -24,7 +24,9 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -149,7 +151,8 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 go = 1.0 if skip is None else (~skip).float()           # 1, or 0 to leave everything as it is
                 state["step"] += go
-                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                m, v = state["exp_avg"], state["exp_avg_sq"]
+                t = state["step"].clamp(min=1)                           # 0 while every step so far was skipped
                 gradient = p.grad.float() if skip is None else p.grad.float().where(~skip, 0)
                 m.lerp_(gradient, (1 - beta1) * go)
                 v.lerp_(gradient.square(), (1 - beta2) * go)
@@ -365,24 +368,25 @@ def prepare(settings: Settings) -> Path:
 
 # bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12,
-              "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+              "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What utilization is measured against, in FLOP/s: the data sheet's figure for bfloat16 on a GPU that has one here,
-    the best of a few products of 1024 × 1024 matrices elsewhere."""
+    the best of a few products of large matrices elsewhere."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for chip, flops in DATA_SHEET.items():
-            if chip in name:
+            if re.search(rf"\b{chip}\b", name):
                 return flops
-    a, b = torch.randn(2, 1024, 1024, device=device).to(dtype)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
         (a @ b)[0, 0].item()                                             # reading a number waits for the product
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024 ** 3 / best
+    return 2 * size ** 3 / best
 
 
 def keep_freed_memory():
@@ -404,9 +408,9 @@ def pick_device(settings: Settings, ranks: "Ranks") -> torch.device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device is mps, and this machine has none; take cpu")
     if kind == "cuda":
-        if ranks.local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {ranks.local} has no GPU: this machine has {torch.cuda.device_count()}; "
-                             "lower --nproc_per_node or take --device cpu")
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} rank(s) on this machine, which has {gpus} GPU(s); lower --nproc_per_node or take --device cpu")
         torch.cuda.set_device(ranks.local)
         torch.backends.cuda.matmul.allow_tf32 = True                     # float32 products on tensor cores
         return torch.device("cuda", ranks.local)
@@ -455,13 +459,13 @@ def load_checkpoint(folder, model: torch.nn.Module | None = None, optimizer: tor
     """Read the newest whole state of a run into `model` and `optimizer`; returns it. ValueError when there is none."""
     latest = Path(folder, "state", "latest.json")
     if not latest.exists():
-        raise ValueError(f"{folder} holds no checkpoint (no state/latest.json), so there is nothing to resume")
+        raise ValueError(f"{folder} holds no checkpoint (no state/latest.json), so there is nothing to resume; start it again with --out {folder}")
     if not read_json(latest).get("files"):
         raise ValueError(f"{latest} names no checkpoint; it is not what train.py writes")
     path = latest.parent / read_json(latest)["files"][0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
     if model is not None:
         model.load_state_dict(content["model"])
@@ -530,8 +534,9 @@ class Ranks:
     def start(self, device: torch.device):
         """Join the others; patient, because rank 0 may be tokenizing a large text first."""
         if self.count > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-            self.words = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+            patience = timedelta(hours=12)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+            self.words = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
 
     def from_first(self, make):
         """What make() returns on rank 0, on every rank; its ValueError or OSError too."""
@@ -562,8 +567,13 @@ class Interrupt:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+        note = lambda number, frame: setattr(self, "signal", number)
+        self.before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Meter:
@@ -578,7 +588,13 @@ class Meter:
 
     def put(self, *numbers):
         """Hand in (step, learning rate, loss, gradient norm, skipped steps) of a step just launched."""
-        late, self.late = self.late, numbers
+        step, rate, *tensors = numbers
+        values, copied = torch.cat([t.detach().float().reshape(-1) for t in tensors]), None
+        if self.device.type == "cuda":                                   # copied when the device gets there; nobody waits
+            values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        late, self.late = self.late, (step, rate, values, copied)
         if late:
             self.read(*late)
         if self.device.type == "cpu":                                    # its steps are done when they return
@@ -590,10 +606,12 @@ class Meter:
         if late:
             self.read(*late)
 
-    def read(self, step, rate, loss, norm, skipped):
-        """Take a step's numbers from the device and show them."""
+    def read(self, step, rate, values, copied):
+        """Wait for a step's numbers, not for the step that was launched after it, and show them."""
         self.write()
-        loss, norm, (skipped, in_a_row) = loss.item(), norm.item(), skipped.tolist()
+        if copied:
+            copied.synchronize()
+        loss, norm, skipped, in_a_row = values.tolist()
         now = time.perf_counter()
         self.durations = [*self.durations, now - self.mark][-self.settings.log_every:]
         self.mark = now
@@ -602,11 +620,11 @@ class Meter:
         self.record, self.written = {
             "step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.clock(), 3), "loss": loss,
             "val_loss": None, "val_bpb": None, "lr": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1),
-            "mfu": round(mfu, 4), "memory_bytes": peak_memory(self.device), "skipped": skipped}, False
+            "mfu": round(mfu, 4), "memory_bytes": peak_memory(self.device), "skipped": int(skipped)}, False
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {human(speed)} tok/s, MFU {mfu:.0%}{self.validated}",
                                  refresh=False)
         if in_a_row >= self.settings.max_skipped:
-            raise FloatingPointError(f"loss or gradient was not finite for {in_a_row} steps in a row, up to step {step}; lower "
+            raise FloatingPointError(f"loss or gradient was not finite for {in_a_row:.0f} steps in a row, up to step {step}; lower "
                                      f"--learning_rate {self.settings.learning_rate:g}. {last_checkpoint(self.out)}")
 
     def validate(self, loss: float, bpb: float | None):
@@ -636,7 +654,7 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     if s.init_from is None:
         s.preset = s.preset or ("mini" if gpu else "tiny")
         preset(s.preset)                                                 # unknown: the error names the nearest
-    elif not Path(s.init_from, "config.json").exists():
+    elif not s.resume and not Path(s.init_from, "config.json").exists():
         raise ValueError(f"--init_from {s.init_from}: there is no model folder (no config.json)")
     for name in ("preset", *SHAPE):
         if s.init_from and getattr(s, name) is not None:
@@ -669,7 +687,7 @@ def make_model(settings: Settings, tokens: Path) -> Transformer:
     """A fresh model of the preset's shape with the tokenizer's vocabulary, or the one of --init_from."""
     tokenizer = Tokenizer.load(tokens / "tokenizer.json") if (tokens / "tokenizer.json").exists() else None
     if settings.init_from:
-        model = load_pretrained(settings.init_from).float()
+        model = load_pretrained(settings.resume or settings.init_from).float()
         theirs = Path(settings.init_from, "tokenizer.json")
         if tokenizer is not None and theirs.exists() and Tokenizer.load(theirs).vocab != tokenizer.vocab:
             raise ValueError(f"{tokens} was tokenized with another vocabulary than that of {settings.init_from}; "
@@ -871,18 +889,19 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     with bar:                                                            # closed before an error is told
         while True:
             # rank 0's clock and anybody's signal hold for all, or the ranks would leave the loop at different steps
+            # 0 to go on, 1 to stop here, 2 and more for a signal's number
             stop = interrupt.signal or int(s.stop_after is not None and step >= s.stop_after)
             half = meter.durations[-1] / 2 if meter.durations else 0.0   # half of a step, in seconds
             stop, seconds, half = ranks.agree(stop, clock() if first else 0.0, half if first else 0.0)
             before, position = position, seconds if by_clock else step
             bar.update(min(int(position), bar.total) - bar.n)
             started = step > step_before                                 # at least one step is made, and nothing is done twice
-            if stop or started and position >= total:
-                break
             due = lambda every: started and (step % every == 0 if every else int(10 * position / total) > int(10 * before / total))
-            if due(s.eval_every):
+            if due(s.eval_every) and position < total and stop < 2:      # a signal is in a hurry, --stop_after is not
                 meter.catch_up()
                 meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
+            if stop or started and position >= total:
+                break
             pause = due(s.eval_every) or due(s.save_every)
             if due(s.save_every):
                 save()
@@ -919,6 +938,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if position >= total:
             meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, None, ranks.rank, ranks.count))
         save()
+    interrupt.restore()
     if ranks.count > 1:
         dist.barrier()
         dist.destroy_process_group()

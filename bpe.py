@@ -274,6 +274,7 @@ def read_batches(paths, cut):
 
 
 def as_list(paths):
+    """One path or several, as a list."""
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
@@ -309,6 +310,7 @@ def parallel_map(function, items, num_workers=None):
 
 
 def start_worker(function):
+    """What a new worker process does first: keep the function, and end when the parent does."""
     global worker_function
     worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the group; the parent answers it
@@ -317,15 +319,18 @@ def start_worker(function):
 
 
 def end_with_parent():
+    """Wait for the parent process to end, and end too."""
     multiprocessing.parent_process().join()  # else a parent that was killed leaves its workers waiting for ever
     os._exit(1)
 
 
 def run_in_worker(item):
+    """Call the worker's function; at the top level, since processes find functions by name."""
     return worker_function(item)
 
 
 def progress_bar(paths, description):
+    """A bar over the bytes of the files."""
     total = sum(os.stat(path).st_size for path in paths)
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
 
@@ -588,14 +593,17 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(CHARACTER_
 
 
 def spell(token):
+    """A token's bytes, each as its printable character."""
     return "".join([CHARACTER_OF_BYTE[byte] for byte in token])
 
 
 def unspell(name):
+    """The bytes of a token that `spell` wrote."""
     return bytes([BYTE_OF_CHARACTER[character] for character in name])
 
 
 def read_json(path):
+    """The content of a JSON file; ValueError in one line when it is not one."""
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:  # not JSON, or not UTF-8
@@ -689,6 +697,7 @@ LOCAL = Path("corpus/local")  # where data.py puts the text that every Python in
 
 
 def command_train(args):
+    """`bpe.py train`: learn a tokenizer from files and save it."""
     start = time.time()
     vocab, merges = train_bpe(args.files, args.vocab_size, args.special_tokens, num_workers=args.workers)
     seconds = time.time() - start
@@ -699,6 +708,7 @@ def command_train(args):
 
 
 def command_encode(args):
+    """`bpe.py encode`: the tokens of each file, and the tokenizer beside them."""
     tokenizer, out = load_tokenizer(args.tokenizer), Path(args.out)
     copy = out / "tokenizer.json"
     if copy.exists() and identity(Tokenizer.load(copy)) != identity(tokenizer):
@@ -725,6 +735,7 @@ def command_encode(args):
 
 
 def command_decode(args):
+    """`bpe.py decode`: the text of tokens."""
     npy = args.ids[0].endswith(".npy")
     if npy and len(args.ids) > 1:
         raise ValueError("decode takes one .npy file, or token ids")
@@ -748,6 +759,7 @@ def command_decode(args):
 
 
 def command_show(args):
+    """`bpe.py show`: a text with its tokens in colour, and their number."""
     tokenizer = load_tokenizer(args.tokenizer)
     text, note = args.text, ""
     if os.path.isfile(text):
@@ -847,6 +859,7 @@ def peers(tokenizer, train_texts, texts):
 
 
 def timed(function, *arguments):
+    """What a call returns, and the seconds that it took."""
     start = time.perf_counter()
     value = function(*arguments)
     return value, time.perf_counter() - start
@@ -867,6 +880,7 @@ def local_corpus():
 
 
 def load_tokenizer(path):
+    """A tokenizer from a path; ValueError that says how to make one when there is none."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no tokenizer there; `python bpe.py train FILES --out {path}` makes one")
     return Tokenizer.load(path)
@@ -887,6 +901,7 @@ def text_bytes(tokenizer, ids):
 
 
 def quiet_when_piped():
+    """Have `| head` end this process without a traceback."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` then ends this process, as it ends any other
 
@@ -909,6 +924,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv):
+    """The command line of every subcommand."""
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = Parser(prog="bpe.py", description="Byte-level BPE. Without a command: train on the local corpus, and show "
                                                "what came of it.", **style)
@@ -944,6 +960,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    """The command line; returns the exit code."""
     args = parse_args(argv)
     commands = {"train": command_train, "encode": command_encode, "decode": command_decode, "show": command_show}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed

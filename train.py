@@ -306,7 +306,7 @@ def whole(path: Path) -> bool:
 
 def prepare(settings: Settings) -> Path:
     """The folder of tokens to train on. Text goes through data.py and bpe.py into corpus/, one folder per text; a stage
-    runs when what it writes is missing or half there, when its command has changed, or when an earlier one ran."""
+    runs when what it writes is missing, half there or changed since, when its command has changed, or when an earlier one ran."""
     sources = settings.data or []
     for source in sources:
         if not os.path.exists(source):

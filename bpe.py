@@ -5,8 +5,10 @@ two neighbouring tokens that occur together most often, makes them one new token
 `th e` becomes `the`. The list of those merges is the whole tokenizer. To encode is to apply the merges in the order in
 which they were learned; to decode is to join bytes, so every string survives the round trip.
 
-A pattern first cuts text into words (with the space before them), and no merge crosses a cut. So a corpus of gigabytes
-need only be counted: training works on its distinct words, and encoding remembers the ids of the words it has met.
+A pattern first cuts text into words (with the space before them), and no merge crosses a cut. So the work is to number
+the words of a text: training counts the numbers, encoding looks up their ids, and the merges are done once for each
+distinct word. Numbering is done by NumPy for a whole block of text at once, merges for many words at once; the loops of
+the textbook stay beside, to be read first, and tested against.
 
 In:  documents: .jsonl (one {"text": ...} a line) or text where <|endoftext|> ends a document; .gz of either.
 Out: tokenizer.json in the Hugging Face format; tokens as .npy (uint16 or uint32), <|endoftext|> after each document.
@@ -14,42 +16,65 @@ Out: tokenizer.json in the Hugging Face format; tokens as .npy (uint16 or uint32
     python bpe.py train corpus.jsonl --vocab_size 4096 --out tokens/tokenizer.json
     python bpe.py encode corpus.jsonl --tokenizer tokens/tokenizer.json --out tokens
 
-Left out: Unicode normalizers, Unigram and WordPiece models, `.tiktoken` rank files. Method: Gage 1994 (the compressor);
+Left out: Unigram, WordPiece and the SentencePiece form of BPE (Llama 2, Mistral). Method: Gage 1994 (the compressor);
 Sennrich, Haddow and Birch 2016, arXiv:1508.07909 (words); Radford et al. 2019, "GPT-2" (bytes, and the pattern).
 """
 
 import argparse
+import base64
 import concurrent.futures
 import contextlib
+import copy
 import difflib
 import functools
 import gzip
 import heapq
-import io
+import importlib.util
 import itertools
 import json
 import multiprocessing
-import operator
 import os
+import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import unicodedata
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
 import regex
 from tqdm import tqdm
 
-# GPT-2's published pattern: contractions; letters, digits or symbols with at most one space before them; white space,
-# which leaves its last character to the word that follows. It covers every character of any text.
+# How text is cut into words. GPT-2's pattern, as published: contractions; letters, digits or symbols with at most one
+# space before them; white space, which leaves its last character to the word that follows. The later ones take any
+# symbol before letters, at most three digits (Qwen: one), and line ends after symbols. tiktoken ships cl100k's in a form
+# that differs from Llama 3's at the end of a text only (`\s++$`); o200k's also cuts where small letters turn capital.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
+              r"""\s*[\r\n]|\s+(?!\S)|\s""",
+    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+              r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "qwen2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"""
+             r"""\s+(?!\S)|\s+""",
+    "o200k": "|".join((
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""\p{N}{1,3}""", r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""", r"""\s*[\r\n]+""", r"""\s+(?!\S)""", r"""\s+""")),
+    # SmolLM and StarCoder take every digit out first, and apply GPT-2's pattern to what stands between: in one pattern,
+    "digits": r"""\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+""",
+}
 ENDOFTEXT = "<|endoftext|>"
-BLOCK = 1 << 20  # characters read, and handed to a worker, at a time
+BLOCK = 1 << 22  # bytes of text handed to a worker at a time
+GROUP = 1 << 20  # bytes of text that NumPy works on at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,6 +113,17 @@ def learn_merges_textbook(words, num_merges):
     return merges
 
 
+def encode_textbook(text, merges, pattern=GPT2_PATTERN):
+    """The tokens of a text, as bytes: each word's bytes, and each merge in turn applied to them."""
+    tokens = []
+    for word in compile_pattern(pattern).findall(text):
+        word = [bytes([byte]) for byte in word.encode()]
+        for first, second in merges:
+            word = merge(word, (first, second), first + second)
+        tokens += word
+    return tokens
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning merges from the distinct words of a corpus
 
@@ -95,63 +131,122 @@ def learn_merges_textbook(words, num_merges):
 def learn_merges(words, num_merges):
     """The first `num_merges` merges (fewer when the words run out of pairs) for `words`, a dict from str to frequency.
 
-    Three things make it fast. A merge visits only the words that hold its pair. In such a word only the neighbours of
-    the merged places change their counts. And a word is kept as a str whose characters are token ids, so that finding a
-    pair is one `str.split` and merging it one `str.join`, both leftmost first as `merge` is.
+    All words stand in one array of token ids, each followed by END, and a place is an index into it. Three things make
+    it fast. A merge visits only the places where its pair stands. There, only the pairs to the left and right change
+    their counts. And NumPy does that for all places of a pair at once.
+
+    The books are simple, because a new pair holds the new token, so it was never seen before. Its count is known in full
+    when it is made, and falls from then on. Its places are known in full, too, and are kept in ascending order as one
+    slice of an array; a place where another merge took the pair away has another number in `pair_at` by then.
     Equally frequent pairs: the lexicographically greater pair of byte strings goes first.
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    frequencies = list(words.values())
-    words = [word.encode().decode("latin-1") for word in words]  # character b is byte b
-    counts, where = defaultdict(int), defaultdict(list)  # by pair, a str of two characters
-    for index, (word, frequency) in enumerate(zip(words, frequencies)):
-        for pair in map(operator.add, word, word[1:]):
-            counts[pair] += frequency
-            where[pair].append(index)
+    keys = [descending(token) for token in tokens]
+    texts = [word.encode() for word in words]
+    END, lengths = 256 + num_merges, np.fromiter(map(len, texts), np.int64, len(texts))
+    size = int(lengths.sum()) + len(texts) + 1
+    ids = np.full(size, END, np.int32)  # one END before the first word
+    inside = np.ones(size, bool)
+    inside[0] = inside[np.cumsum(lengths + 1)] = False
+    ids[inside] = np.frombuffer(b"".join(texts), np.uint8)
+    frequency = np.zeros(size, np.int64)
+    frequency[1:] = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths + 1)
+    right = np.arange(1, size + 1, dtype=np.int32)  # the next place in use, as merging empties places
+    left = np.arange(-1, size - 1, dtype=np.int32)
+    del texts
+
+    # Pair p: its newer token, the other one (plus RIGHT, if it stands on the right), its count, its slice of `places`.
+    # Pair 0 stands for none. A merge empties a place and makes at most two new pairs, so these are large enough; what is
+    # not used costs no memory.
+    RIGHT = END + 1
+    newer, other = (np.zeros(1 << 16 | 2 * size, np.int32) for _ in range(2))
+    count, begin, end = (np.zeros(len(newer), np.int64) for _ in range(3))
+    places, pair_at = np.empty(3 * size, np.int32), np.zeros(size, np.int32)
+    num_pairs, num_places = 1, 0
+
+    def add_pairs(names, at):
+        """Number the new pairs that stand `at` these places -> (their numbers as a slice, the name of each)."""
+        nonlocal num_pairs, num_places
+        both = np.sort(names.astype(np.int64) << 32 | at)  # so the places of each pair ascend
+        names, at = both >> 32, both & 0xFFFFFFFF
+        is_first = differs_from_left(names)
+        starts = np.flatnonzero(is_first)
+        new = slice(num_pairs, num_pairs + len(starts))
+        if len(at):
+            count[new] = np.add.reduceat(frequency[at], starts)
+            begin[new] = end[new.start - 1 : new.stop - 1] = starts + num_places
+            end[new.stop - 1] = num_places + len(at)
+            pair_at[at] = is_first.cumsum() + (num_pairs - 1)
+            places[num_places : num_places + len(at)] = at
+        num_places, num_pairs = num_places + len(at), new.stop
+        return new, names[starts]
+
+    at = np.flatnonzero((ids[:-1] != END) & (ids[1:] != END))
+    new_pairs, names = add_pairs(ids[at] << 8 | ids[at + 1], at)
+    other[new_pairs], newer[new_pairs] = names >> 8, names & 255
+
+    def tokens_of(pair):
+        return (other[pair], newer[pair]) if other[pair] < RIGHT else (newer[pair], other[pair] - RIGHT)
 
     def entry(pair):
-        return -counts[pair], descending(tokens[ord(pair[0])]) + descending(tokens[ord(pair[1])]), pair
+        a, b = tokens_of(pair)
+        return -int(count[pair]), keys[a] + keys[b], pair
 
-    # Counts of old pairs only ever fall (a new pair holds the new token), so a heap entry is never too low: one found
-    # too high when it reaches the top goes back with its present count, and the first true one is the maximum.
-    heap = [entry(pair) for pair in counts]
-    heapq.heapify(heap)
-    merges = []
+    # The heap holds the pairs that were as frequent as `enough` when they came; a true count is looked up at the top.
+    # Only when it is empty can a rarer pair be next: then half as frequent is enough.
+    heap, enough, merges = [], 0, []
     with tqdm(total=num_merges, desc="merging", unit=" merges", disable=None) as bar:
-        while heap and len(merges) < num_merges:
-            count, _, pair = heapq.heappop(heap)
-            if -count != counts[pair]:
-                if counts[pair]:
+        while len(merges) < num_merges:
+            if not heap:
+                enough = int(count[:num_pairs].max()) // 2 + 1
+                heap = [entry(pair) for pair in np.flatnonzero(count[:num_pairs] >= enough).tolist()]
+                if not heap:
+                    break
+                heapq.heapify(heap)
+            negative, _, pair = heapq.heappop(heap)
+            if -negative != count[pair]:
+                if count[pair] >= enough:
                     heapq.heappush(heap, entry(pair))
                 continue
-            first, second = pair
-            new = chr(len(tokens))
-            tokens.append(tokens[ord(first)] + tokens[ord(second)])
-            merges.append((tokens[ord(first)], tokens[ord(second)]))
-            new_pairs = set()
-            for index in set(where.pop(pair)):  # a set: a word that held the pair twice is listed twice
-                pieces = words[index].split(pair)
-                if len(pieces) == 1:  # an earlier merge took what this word had of the pair
-                    continue
-                words[index] = new.join(pieces)
-                changes = []  # (the pair that was here, the pair that is here now)
-                for left, right in zip(pieces, pieces[1:]):
-                    if left:
-                        changes.append((left[-1] + first, left[-1] + new))
-                    if right:
-                        changes.append((second + right[0], new + right[0]))
-                changes += [(second + first, new + new)] * pieces[1:-1].count("")  # two merged places side by side
-                frequency = frequencies[index]
-                for before, after in changes:
-                    counts[before] -= frequency
-                    counts[after] += frequency
-                    where[after].append(index)
-                    new_pairs.add(after)
-            del counts[pair]
-            for pair in new_pairs:
+            (a, b), new = tokens_of(pair), len(tokens)
+            tokens.append(tokens[a] + tokens[b])
+            keys.append(descending(tokens[-1]))
+            merges.append((tokens[a], tokens[b]))
+
+            at = places[begin[pair] : end[pair]]
+            at = at[pair_at[at] == pair]
+            if a == b:
+                at = every_other_of_runs(at, right)
+            taken = right[at]
+            after = right[taken]
+            before = left[at[differs_from_left(at, after)]]  # unless a place just merged stands there
+            here, of_here = np.concatenate((before, taken)), np.concatenate((before, at))
+            np.subtract.at(count, pair_at[here], frequency[here])
+            count[0] = count[pair] = 0
+            ids[at], right[at], left[after] = new, after, at
+            pair_at[of_here] = pair_at[taken] = 0
+            names = np.concatenate((ids[before], ids[after] + RIGHT))
+            inside = (names != END) & (names != END + RIGHT)
+            new_pairs, names = add_pairs(names[inside], of_here[inside])
+            other[new_pairs], newer[new_pairs] = names, new
+            for pair in new_pairs.start + np.flatnonzero(count[new_pairs] >= enough):
                 heapq.heappush(heap, entry(pair))
             bar.update()
     return merges
+
+
+def differs_from_left(values, others=None):
+    """Whether each value differs from the one on its left (in `others`); the first does."""
+    differs = np.ones(len(values), bool)
+    np.not_equal(values[1:], (values if others is None else others)[:-1], out=differs[1:])
+    return differs
+
+
+def every_other_of_runs(places, right):
+    """Of the places of a pair, those where it is merged: in a run like `a a a` two overlap, and the left one goes first."""
+    index = np.arange(len(places))
+    run_start = np.maximum.accumulate(np.where(differs_from_left(places, right[places]), index, 0))
+    return places[(index - run_start) % 2 == 0]
 
 
 def descending(token):
@@ -163,7 +258,7 @@ COMPLEMENT = bytes(range(255, -1, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text from files, cut into words
+# Text, cut into words
 
 
 def compile_pattern(pattern):
@@ -187,29 +282,281 @@ def compile_special_tokens(special_tokens):
     return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")" if special_tokens else r"((?!))")
 
 
-def can_cut(pattern, special_tokens=()):
-    """Whether text may be cut before any space that follows a non-space, and its parts be tokenized apart.
+# Running a pattern over every character is what costs, so text is first cut into chunks by looking at pairs of
+# neighbouring bytes, and the pattern is run on each distinct chunk only. A cut is allowed where every text has a word
+# boundary, and where the pattern, coming from the left, does not look at what follows:
+# - after an ASCII letter or digit, before another kind of ASCII character. Not before an apostrophe: o200k's "don't";
+# - between a symbol and white space (before a line end only by GPT-2's pattern: the others take it with the symbol);
+# - between a symbol and a digit, and by GPT-2's pattern a letter, which in the others may take the symbol along;
+# - before a white space that something solid follows. GPT-2's pattern leaves the last white space of a run to the word
+#   that follows, or by itself: what is to the left is a run of white space that is now at the end, and stays one word.
+#   The others take line ends together, so for them it must be a space; with `\s++$` they do look at the end, so not;
+# - after a line end that something solid follows, when a pattern takes all line ends together.
+# Bytes of other scripts: the first byte of a character that is no white space in Unicode is solid.
+# test_all.py tries these rules on every short text of one character of each class that the patterns know.
+LETTERS = bytes(byte for byte in range(128) if chr(byte).isalpha())
+DIGITS = b"0123456789"
+WHITE = b" \t\n\r\v\f"
+SYMBOLS = bytes(byte for byte in range(33, 127) if byte not in LETTERS + DIGITS)
+ENDING = bytes(byte for byte in range(128) if byte not in LETTERS + DIGITS + b"'")
+SOLID = LETTERS + DIGITS + SYMBOLS + bytes(byte for byte in range(0xC3, 0xF5) if byte not in b"\xe1\xe2\xe3")
+RULES = [("between", LETTERS + DIGITS, ENDING), ("between", LETTERS, DIGITS), ("between", DIGITS, LETTERS),
+         ("between", SYMBOLS, b" \t"), ("between", SYMBOLS.replace(b"'", b""), DIGITS)]
+GPT2_RULES = RULES + [("between", SYMBOLS, WHITE), ("between", SYMBOLS.replace(b"'", b""), LETTERS)]
+CUTS = {
+    PATTERNS["gpt2"]: GPT2_RULES + [("before", WHITE, SOLID)],
+    PATTERNS["digits"]: GPT2_RULES + [("before", WHITE, LETTERS + SYMBOLS)],  # digits of other scripts are solid, too
+    PATTERNS["cl100k"]: RULES + [("between", b"\n", SOLID)],
+    PATTERNS["llama3"]: RULES + [("between", b"\n", SOLID), ("before", b" ", SOLID)],
+    PATTERNS["qwen2"]: RULES + [("between", b"\n", SOLID), ("before", b" ", SOLID)],
+    PATTERNS["o200k"]: RULES + [("between", b"\n", SOLID.replace(b"/", b"")), ("before", b" ", SOLID)],
+}
 
-    True of GPT-2's pattern: a word has white space at its start only, or is all white space, so one always ends there;
-    what is left of the cut does not look ahead beyond it, since only words of white space do. Other patterns get
-    their documents whole. A special token with a space inside might be cut in two.
+
+@functools.lru_cache
+def cut_tables(pattern):
+    """Two tables of 256 bytes: where they have a bit in common for two neighbours, their text may be cut; bit 0 means
+    before the first, another one between them. All zero for a pattern that `CUTS` does not know."""
+    left, right = bytearray(256), bytearray(256)
+    for rule, (where, firsts, seconds) in enumerate(CUTS.get(pattern, [])):
+        bit = 1 if where == "before" else 2 << rule
+        for byte in firsts:
+            left[byte] |= bit
+        for byte in seconds:
+            right[byte] |= bit
+    return bytes(left), bytes(right)
+
+
+def cut_places(data, pattern, text_starts=()):
+    """The places in `data` (UTF-8) where it may be cut, ascending; all of `text_starts`, where another text begins, are
+    among them."""
+    left, right = (np.frombuffer(data.translate(table), np.uint8) for table in cut_tables(pattern))
+    both, text_starts = left[:-1] & right[1:], np.asarray(text_starts, np.int64)
+    both[text_starts[text_starts > 0] - 1] = 0  # neighbours of two texts say nothing
+    cut = np.zeros(len(data), bool)
+    cut[1:] = both > 1
+    cut[:-1] |= (both & 1).view(bool)
+    cut[text_starts] = True
+    return np.flatnonzero(cut)
+
+
+def last_cut(data, pattern, special_tokens=()):
+    """The last place where `data` may be cut before a space, and its parts be tokenized apart; 0 when there is none.
+
+    Only before a space, which few special tokens have inside: one must not be cut in two. And not in a run of white
+    space, which a special token might end: it would leave no last space to a word.
     """
-    return pattern == GPT2_PATTERN and not any(" " in token[1:] for token in special_tokens)
+    if any(" " in token[1:] for token in special_tokens):
+        return 0
+    for start in (max(0, len(data) - 4096), max(0, len(data) - 2 * GROUP)):  # most often the last page has one
+        for place in (start + cut_places(data[start:], pattern)[::-1]).tolist():
+            before = data[max(0, place - 4) : place].decode(errors="ignore")  # a whole character, and more
+            if data[place : place + 1] == b" " and before and not before[-1].isspace():
+                return place
+    return 0
 
 
-def last_cut(text):
-    """The last place in `text` that `can_cut` speaks of; 0 when there is none."""
-    cut = text.rfind(" ", 1)
-    while cut > 0 and text[cut - 1].isspace():
-        cut = text.rfind(" ", 1, cut)
-    return max(cut, 0)
+def groups(texts, pattern):
+    """Yield lists of (text, whether it ends there) of a megabyte or so; a longer text is cut where that is allowed.
+
+    The arrays of a group are small enough for the processor's cache, and their memory is used again by the next.
+    """
+    group, held = [], 0
+    for text in texts:
+        start = 0
+        while len(text) - start > GROUP and (place := last_cut(text[start : start + GROUP], pattern)):
+            yield group + [(text[start : start + place], False)]
+            start, group, held = start + place, [], 0
+        group.append((text[start:], True))
+        held += len(text) - start
+        if held >= GROUP:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
-def read_documents(path, cut=False):
-    """Yield (text, ends, position) from a .jsonl or text file, possibly .gz; position counts the bytes read on disk.
+class Growing:
+    """A NumPy array that grows at its end; `array` is what it holds."""
 
-    With `cut` a document of a text file comes in parts, cut where `can_cut` allows, of which the last has `ends` true:
-    memory does not grow with the file. ValueError or OSError, naming the file, when it is missing, empty or not text.
+    def __init__(self, dtype):
+        self.room, self.array = np.empty(1024, dtype), np.empty(0, dtype)
+
+    def extend(self, values):
+        old, size = len(self.array), len(self.array) + len(values)
+        if size > len(self.room):
+            self.room = np.empty(2 * size, self.room.dtype)
+            self.room[:old] = self.array
+        self.room[old:size] = values
+        self.array = self.room[:size]
+
+
+class Sequences:
+    """Sequences of integers of any lengths, numbered 0, 1, 2, ..., in three arrays."""
+
+    def __init__(self):
+        self.flat, self.start, self.length = Growing(np.int32), Growing(np.int64), Growing(np.int64)
+
+    def __len__(self):
+        return len(self.length.array)
+
+    def extend(self, flat, lengths):
+        """Add sequences, given one after the other and with their lengths."""
+        self.start.extend(len(self.flat.array) + np.cumsum(lengths) - lengths)
+        self.length.extend(lengths)
+        self.flat.extend(flat)
+
+    def join(self, numbers):
+        """The sequences of these numbers, one after the other -> (the integers, the length of each sequence)."""
+        lengths = self.length.array[numbers]
+        ends = np.cumsum(lengths)
+        index = np.repeat(self.start.array[numbers] - ends + lengths, lengths)
+        index += np.arange(len(index))
+        return self.flat.array[index], lengths
+
+
+class Chunks:
+    """The chunks of texts (see `CUTS`) as numbers: 1 for the first that was ever met, and so on; `words_of_chunk` has
+    the numbers of the words in each, from 0 in the order of `words`.
+
+    A chunk of up to 15 bytes is two 64-bit integers, the second with its length, so that NumPy looks up all chunks of a
+    group in a hash table at once: Fibonacci hashing and linear probing (Knuth, The Art of Computer Programming, 6.4).
+    Keys are compared in full, so the numbers are exact. Longer chunks, few in most texts, go through a dict. The pattern
+    sees only those that were not met before.
+    """
+
+    def __init__(self, pattern):
+        self.pattern, self.find_words = pattern, compile_pattern(pattern).findall
+        self.clear()
+
+    def clear(self):
+        """Forget all; numbers begin again."""
+        self.words = {}  # from word to number
+        self.long_chunks, self.stored_bytes = {}, 0
+        self.slots = np.zeros(1 << 12, np.int32)  # hash table of chunk numbers; 0: free
+        self.keys = Growing(np.uint64), Growing(np.uint64)  # by chunk number
+        self.words_of_chunk = Sequences()
+        for key in self.keys:
+            key.extend(np.zeros(1, np.uint64))
+        self._add_words([b""])  # chunk 0 stands for none, and has no words
+
+    def __len__(self):
+        return len(self.words_of_chunk)
+
+    def full(self):
+        """Whether it is time to `clear`: memory is bounded."""
+        return len(self) > 1 << 20 or self.stored_bytes > 1 << 26
+
+    def __call__(self, group):
+        """The chunks of one of `groups` -> (the numbers of all, one text after the other; where each text's begin, and
+        at last their number)."""
+        data = b"".join([text for text, _ in group])
+        text_starts = np.cumsum([0] + [len(text) for text, _ in group])
+        if not data:
+            return np.empty(0, np.int32), text_starts
+        starts = cut_places(data, self.pattern, text_starts[text_starts < len(data)])
+        return self._number_chunks(data, starts), np.searchsorted(starts, text_starts)
+
+    def _number_chunks(self, data, starts):
+        """The numbers of the chunks of `data` that begin at `starts`."""
+        lengths = np.diff(starts, append=len(data))
+        eight = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))  # eight[i]: bytes i to i + 7
+        numbers = np.empty(len(starts), np.int32)
+        short = np.flatnonzero(lengths < 16)
+        at, length = starts[short], lengths[short]
+        low = eight[at] & MASKS[np.minimum(length, 8)]
+        high = eight[np.minimum(at + 8, len(data))] & MASKS[np.maximum(length - 8, 0)]
+        high |= length.astype(np.uint64) << np.uint64(56)
+        numbers[short], new = self._look_up(low, high)
+        new_chunks = [data[i : i + n] for i, n in zip(at[new].tolist(), length[new].tolist())]
+        known = len(self.keys[0].array)
+        long = np.flatnonzero(lengths > 15)
+        for i, start, length in zip(long.tolist(), starts[long].tolist(), lengths[long].tolist()):
+            chunk = data[start : start + length]
+            number = self.long_chunks.get(chunk)
+            if number is None:
+                number, known = known, known + 1
+                new_chunks.append(chunk)
+                if length < 256:  # longer ones hardly come twice
+                    self.long_chunks[chunk] = number
+            numbers[i] = number
+        for key in self.keys:
+            key.extend(np.zeros(known - len(key.array), np.uint64))
+        self._add_words(new_chunks)
+        return numbers
+
+    def _look_up(self, low, high):
+        """The numbers of chunks by their keys, and which of them are new: the first of each, in the order of numbers."""
+        if 2 * (len(self.keys[0].array) + len(low)) > len(self.slots):
+            self._make_room(len(low))
+        slot, new = self._slot(low, high), []
+        numbers = self.slots[slot]
+        waiting = np.flatnonzero(~self._is_key(numbers, low, high))
+        slot = slot[waiting]
+        while len(waiting):
+            a, b, known = low[waiting], high[waiting], len(self.keys[0].array)
+            free = np.flatnonzero(self.slots[slot] == 0)
+            if len(free):  # all write their number there, the last one stays, and the others see whether it is they
+                tentative = np.arange(known, known + len(free), dtype=np.int32)
+                self.slots[slot[free]] = tentative
+                stayed = free[self.slots[slot[free]] == tentative]
+                self.slots[slot[stayed]] = np.arange(known, known + len(stayed))
+                self.keys[0].extend(a[stayed])
+                self.keys[1].extend(b[stayed])
+                new.append(waiting[stayed])
+            number = self.slots[slot]
+            found = self._is_key(number, a, b)
+            numbers[waiting[found]] = number[found]
+            waiting, slot = waiting[~found], (slot[~found] + 1) & (len(self.slots) - 1)
+        return numbers, np.concatenate(new) if new else np.empty(0, np.int64)
+
+    def _is_key(self, number, low, high):
+        return (self.keys[0].array[number] == low) & (self.keys[1].array[number] == high)
+
+    def _slot(self, low, high):
+        """Where to look first: the highest bits of a product, which all bits of the key have a part in."""
+        bits = len(self.slots).bit_length() - 1
+        return ((low ^ high * HASH_2) * HASH_1 >> np.uint64(64 - bits)).astype(np.int64)
+
+    def _make_room(self, more):
+        """A larger table, at most half full with `more` chunks."""
+        low, high = (key.array for key in self.keys)
+        self.slots = np.zeros(1 << (4 * (len(low) + more)).bit_length(), np.int32)
+        numbers = np.flatnonzero(high).astype(np.int32)  # not the long ones
+        slot = self._slot(low[numbers], high[numbers])
+        while len(numbers):
+            free = self.slots[slot] == 0
+            self.slots[slot[free]] = numbers[free]
+            lost = self.slots[slot] != numbers
+            numbers, slot = numbers[lost], (slot[lost] + 1) & (len(self.slots) - 1)
+
+    def _add_words(self, chunks):
+        """Run the pattern over new chunks, which get the next numbers, and number their words."""
+        numbers, counts, number = [], [], self.words.setdefault
+        for chunk in chunks:
+            words = self.find_words(chunk.decode())
+            counts.append(len(words))
+            for word in words:
+                numbers.append(number(word, len(self.words)))
+        self.words_of_chunk.extend(np.array(numbers, np.int32), np.array(counts, np.int64))
+        self.stored_bytes += sum(map(len, chunks))
+
+
+MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of eight
+HASH_1, HASH_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # 2**64 over the golden ratio; any odd one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents from files
+
+
+def read_documents(path, cut=lambda text: 0):
+    """Yield (text, ends, position) from a .jsonl or text file, possibly .gz. text: UTF-8 bytes; ends: whether a document
+    ends there; position counts the bytes read on disk.
+
+    cut: where a document of a text file may be cut (0: nowhere), which then comes in parts of which the last has `ends`
+    true: memory does not grow with the file. ValueError or OSError, naming the file, when it is missing, empty or not
+    text.
     """
     name = str(path).lower()
     with open(path, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else contextlib.nullcontext(raw) as file:
@@ -233,9 +580,8 @@ def read_jsonl(file, path):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.decode())["text"]
-            text.encode()  # JSON can spell half of a surrogate pair, which UTF-8 cannot
-        except UnicodeEncodeError:
+            text = json.loads(line.decode())["text"].encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which UTF-8 cannot
             raise ValueError(f'{path}, line {number}: "text" holds a lone surrogate') from None
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number}: not a JSON object with a string "text"') from None
@@ -244,31 +590,34 @@ def read_jsonl(file, path):
 
 def read_text(file, path, cut):
     """Yield (text, ends) from a binary file of text in which <|endoftext|> ends a document."""
-    file, held = io.TextIOWrapper(file, encoding="utf-8", newline=""), ""
-    while block := file.read(BLOCK):
-        if "\0" in block:
+    held = b""
+    while block := file.read(GROUP):
+        if b"\0" in block:
             raise ValueError(f"{path}: binary, it holds a NUL byte")
-        *documents, held = (held + block).split(ENDOFTEXT)
+        *documents, held = (held + block).split(ENDOFTEXT.encode())
         for text in documents:
+            text.decode()  # whether it is UTF-8
             yield text, True
-        if cut and (place := last_cut(held)):
+        if place := cut(held):
+            held[:place].decode()
             yield held[:place], False
             held = held[place:]  # at least the space, so that the document's last part is still to come
     if held:
+        held.decode()
         yield held, True
 
 
-def read_batches(paths, cut):
-    """Yield (parts, progress): about BLOCK characters of (text, ends), and how many bytes of the files they took."""
-    parts, size, progress = [], 0, 0
+def read_batches(paths, cut, size=BLOCK):
+    """Yield (parts, progress): about `size` bytes of (text, ends), and how many bytes of the files they took."""
+    parts, held, progress = [], 0, 0
     for path in paths:
         before = 0
         for text, ends, position in read_documents(path, cut):
             parts.append((text, ends))
-            size, progress, before = size + len(text) + 1, progress + position - before, position
-            if size >= BLOCK:
+            held, progress, before = held + len(text) + 1, progress + position - before, position
+            if held >= size:
                 yield parts, progress
-                parts, size, progress = [], 0, 0
+                parts, held, progress = [], 0, 0
     if parts:
         yield parts, progress
 
@@ -356,12 +705,11 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
     for token in special_tokens:
         if len(token.encode()) == 1:
             raise ValueError(f"special token {token!r} is one of the 256 bytes; give it two characters or more")
-    compile_pattern(pattern), compile_special_tokens(special_tokens)  # a bad one is told here, not by a worker
     words = Counter()
-    count = functools.partial(count_words, pattern=pattern, special_tokens=special_tokens)
+    count = WordCounter(pattern, special_tokens)
     with progress_bar(paths, "counting words") as bar:
-        batches = read_batches(paths, can_cut(pattern, special_tokens))
-        for (_, progress), counts in parallel_map(count, batches, num_workers):
+        cut = functools.partial(last_cut, pattern=pattern, special_tokens=special_tokens)
+        for (_, progress), counts in parallel_map(count, read_batches(paths, cut, 4 * BLOCK), num_workers):
             words.update(counts)
             bar.update(progress)
     merges = learn_merges(words, num_merges)
@@ -372,63 +720,66 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
     return vocab, merges
 
 
-def count_words(batch, pattern, special_tokens):
-    """How often each word occurs in a batch of `read_batches`."""
-    find_words, split_special = compile_pattern(pattern).findall, compile_special_tokens(special_tokens).split
-    counts = Counter()
-    for text, _ in batch[0]:
-        for part in split_special(text)[::2]:
-            counts.update(find_words(part))
-    return counts
+class WordCounter:
+    """How often each word occurs in a batch of `read_batches`. It remembers words from one batch to the next."""
+
+    def __init__(self, pattern, special_tokens):
+        self.chunks = Chunks(pattern)
+        self.split_special = compile_special_tokens(special_tokens).split
+
+    def __call__(self, batch):
+        if self.chunks.full():
+            self.chunks.clear()
+        texts = [part.encode() for text, _ in batch[0] for part in self.split_special(text.decode())[::2]]
+        counts = np.bincount(np.concatenate([self.chunks(group)[0] for group in groups(texts, self.chunks.pattern)]))
+        met = np.flatnonzero(counts)
+        numbers, lengths = self.chunks.words_of_chunk.join(met)
+        counts = np.bincount(numbers, np.repeat(counts[met], lengths))
+        words = list(self.chunks.words)
+        return {words[number]: int(counts[number]) for number in np.flatnonzero(counts)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoding and decoding
 
 
-class Memo(dict):
-    """The values of a function of a str: a missing one is worked out. Emptied when full, so that memory is bounded."""
-
-    def __init__(self, function, limit):
-        self.function, self.limit = function, limit
-
-    def __missing__(self, key):
-        value = self.function(key)
-        if len(key) <= 64:  # longer words hardly come twice
-            if len(self) >= self.limit:
-                self.clear()
-            self[key] = value
-        return value
-
-
 class Tokenizer:
     """A vocabulary (dict from id to bytes) and a list of merges (pairs of bytes, the first learned first), put to work.
 
+    merges: None for a vocabulary that came without: any two tokens that make a third may be merged, the lowest id first.
     special_tokens: names (one that the vocabulary lacks gets the next free id), or a dict from name to id.
-    Attributes: `vocab` (with the special tokens), `merges`, `special_tokens` (dict from name to id), `pattern`, `eot`
-    (the id of <|endoftext|>, or None). `len` is the highest id + 1, the number of rows that a model's embedding needs.
+    ignore_merges: a word that is in the vocabulary is that token, whatever the merges would make of it (Llama 3).
+    normalizer: None, or the Unicode form ("NFC": Qwen) that a text is brought to first.
+    Attributes: these, `chat_template` (a str for `tokenizer_config.json`, or None) and `eot` (the id of <|endoftext|>,
+    or None). `len` is the highest id + 1, the number of rows that a model's embedding needs.
     """
 
-    def __init__(self, vocab, merges, special_tokens=(), pattern=GPT2_PATTERN):
-        self.vocab, self.merges, self.pattern = dict(vocab), [tuple(pair) for pair in merges], pattern
+    def __init__(self, vocab, merges, special_tokens=(), pattern=GPT2_PATTERN, ignore_merges=False, normalizer=None):
+        self.vocab, self.pattern, self.normalizer = dict(vocab), pattern, normalizer
+        self.ignore_merges, self.chat_template = ignore_merges, None
         if not isinstance(special_tokens, dict):
             ids = {token: id for id, token in self.vocab.items()}
             special_tokens = {token: ids.setdefault(token.encode(), max(ids.values(), default=-1) + 1)
                               for token in special_tokens}
         self.special_tokens = dict(special_tokens)
         self.vocab |= {id: token.encode() for token, id in special_tokens.items()}
-        self.eot = self.special_tokens.get(ENDOFTEXT)
+        self.eot = self.special_tokens.get(ENDOFTEXT, self.special_tokens.get("<|end_of_text|>"))
         special_ids = set(special_tokens.values())
-        ids = {token: id for id, token in self.vocab.items() if id not in special_ids}
+        self._ids = ids = {token: id for id, token in self.vocab.items() if id not in special_ids}
+        self.merges = merges_of_ranks(ids) if merges is None else [tuple(pair) for pair in merges]
         for needed in itertools.chain(map(bytes, zip(range(256))), *self.merges, map(b"".join, self.merges)):
             if needed not in ids:
                 raise ValueError(f"the vocabulary lacks {needed!r}, a byte or what a merge joins or makes")
         self._byte_ids = [ids[bytes([byte])] for byte in range(256)]
-        self._ranks = {(ids[a], ids[b]): rank for rank, (a, b) in enumerate(self.merges)}  # rank: place in the list
-        self._merged = [ids[a + b] for a, b in self.merges]
+        # A merge's rank says which goes first. It is its place in the list; without a list, the id that it makes.
+        self._merged = [ids[a + b] for a, b in self.merges] if merges is not None else range(len(self))
+        ranks = range(len(self.merges)) if merges is not None else (ids[a + b] for a, b in self.merges)
+        self._ranks = {(ids[a], ids[b]): rank for rank, (a, b) in zip(ranks, self.merges)}
         self._find_words = compile_pattern(pattern).findall
         self._split_special = compile_special_tokens(self.special_tokens).split
-        self._ids_of_word = Memo(self._encode_word, limit=1 << 18)
+        self._ids_of_word = {}
+        self._integers = np.arange(len(self)).astype(object)
+        self._fast = None
 
     def __len__(self):
         return max(self.vocab) + 1
@@ -441,12 +792,25 @@ class Tokenizer:
         parts = [text] if special == "text" else self._split_special(text)
         if special == "error" and len(parts) > 1:
             raise ValueError(f'the text holds the special token {parts[1]!r}; special="text" reads it as plain text')
+        if len(text) > 2000:  # below, the many small steps of NumPy cost more than they save
+            ids, starts = self._encode_texts([utf8(part) for part in parts[::2]])
+            ids = np.insert(ids, starts[1:-1], [self.special_tokens[part] for part in parts[1::2]])
+            return self._integers[ids].tolist()  # twice as fast as making an int for each
         ids = []
         for i, part in enumerate(parts):
             if i % 2:
                 ids.append(self.special_tokens[part])
             else:
-                ids.extend(itertools.chain.from_iterable(map(self._ids_of_word.__getitem__, self._find_words(part))))
+                part = unicodedata.normalize(self.normalizer, part) if self.normalizer else part
+                for word in self._find_words(part):
+                    ids += self._ids_of_word.get(word) or self._encode_new_word(word)
+        return ids
+
+    def _encode_new_word(self, word):
+        """The ids of a word, which are remembered."""
+        if len(self._ids_of_word) >= 1 << 18:
+            self._ids_of_word.clear()  # memory is bounded
+        self._ids_of_word[word] = ids = self._encode_word(utf8(word))
         return ids
 
     def _encode_word(self, word):
@@ -456,10 +820,9 @@ class Tokenizer:
         integer, and a linked list of the places still in use make it n log n. At the end stands an id that merges with
         nothing, and so it does before the start, which is place -1.
         """
-        try:
-            ids = [self._byte_ids[byte] for byte in word.encode()] + [-1]
-        except UnicodeEncodeError:
-            raise ValueError(f"the text holds a lone surrogate, in {word[:40]!r}: it has no UTF-8 bytes") from None
+        if self.ignore_merges and word in self._ids:
+            return [self._ids[word]]
+        ids = [self._byte_ids[byte] for byte in word] + [-1]
         ranks, left, right = self._ranks, list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
         heap = [ranks[pair] << 32 | i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
         heapq.heapify(heap)
@@ -476,22 +839,32 @@ class Tokenizer:
                     heapq.heappush(heap, rank << 32 | i)
         return [id for id in ids if id >= 0]
 
+    def _encode_texts(self, texts):
+        """The ids of UTF-8 texts, many at once -> (the ids of all, one after the other; where each text's begin, and at
+        last their number)."""
+        if self._fast is None:
+            self._fast = BatchEncoder(self)
+        if self.normalizer:
+            texts = [text if text.isascii() else unicodedata.normalize(self.normalizer, text.decode()).encode()
+                     for text in texts]
+        return self._fast(texts)
+
     def encode_iterable(self, chunks, special="allow"):
         """Yield the ids of the strings in `chunks` (lines of an open file, say) joined, without joining them.
 
-        What a later chunk could change is held back. Where `can_cut` says no, that is everything.
+        What a later chunk could change is held back. Where no cut is known (see `CUTS`), that is everything.
         """
-        cut = can_cut(self.pattern, () if special == "text" else self.special_tokens)
-        held, size, enough = [], 0, BLOCK // 16
+        special_tokens = () if special == "text" else self.special_tokens
+        held, size, enough = [], 0, GROUP // 16
         for chunk in chunks:
             held.append(chunk)
             size += len(chunk)
-            if cut and size >= enough:
-                text = "".join(held)
-                place = last_cut(text)
-                yield from self.encode(text[:place], special)
-                held, size = [text[place:]], len(text) - place
-                enough = max(BLOCK // 16, 2 * size)  # twice as much as did not help, or long words cost n * n
+            if size >= enough:
+                text = utf8("".join(held))
+                place = last_cut(text, self.pattern, special_tokens)
+                yield from self.encode(text[:place].decode(), special)
+                held, size = [text[place:].decode()], len(text) - place
+                enough = max(GROUP // 16, 2 * size)  # twice as much as did not help, or long words cost n * n
         yield from self.encode("".join(held), special)
 
     def encode_file(self, paths, out, num_workers=None):
@@ -508,7 +881,7 @@ class Tokenizer:
             header = {"descr": self._dtype().str, "fortran_order": False, "shape": (0,)}
             np.lib.format.write_array_header_1_0(file, header)  # padded: room for the length, known at the end
             start = file.tell()
-            batches = read_batches(paths, can_cut(self.pattern))
+            batches = read_batches(paths, functools.partial(last_cut, pattern=self.pattern))
             for (_, progress), ids in parallel_map(self._encode_batch, batches, num_workers):
                 file.write(ids.tobytes())
                 total += len(ids)
@@ -519,12 +892,9 @@ class Tokenizer:
         return total
 
     def _encode_batch(self, batch):
-        ids = []
-        for text, ends in batch[0]:
-            ids += self.encode(text, special="text")
-            if ends:
-                ids.append(self.eot)
-        return np.array(ids, self._dtype())
+        ids, starts = self._encode_texts([text for text, _ in batch[0]])
+        ends = [end for end, (_, document_ends) in zip(starts[1:], batch[0]) if document_ends]
+        return np.insert(ids, ends, self.eot).astype(self._dtype())
 
     def _dtype(self):
         return np.dtype("<u2" if len(self) <= 1 << 16 else "<u4")
@@ -541,26 +911,194 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path):
-        """Write tokenizer.json in the Hugging Face format: `tokenizers` and `transformers` read it, with equal ids."""
+        """Write tokenizer.json in the Hugging Face format: `tokenizers` and `transformers` read it, with equal ids.
+
+        To a folder (any path that does not end in .json) goes a tokenizer_config.json too, with the chat template.
+        """
+        path, special = Path(path), {id: token for token, id in self.special_tokens.items()}
+        content = json.dumps(to_hugging_face(self), ensure_ascii=False, indent=1)
+        if path.suffix != ".json":
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            config |= {name: special[self.eot] for name in ("bos_token", "eos_token") if self.eot is not None}
+            config |= {"chat_template": self.chat_template} if self.chat_template else {}
+            with replacing(path / "tokenizer_config.json") as file:
+                file.write(json.dumps(config, ensure_ascii=False, indent=2).encode())
+            path /= "tokenizer.json"
         with replacing(path) as file:
-            file.write(json.dumps(to_hugging_face(self), ensure_ascii=False, indent=1).encode())
+            file.write(content.encode())
 
     @staticmethod
-    def load(path):
-        """A Tokenizer from a tokenizer.json (byte-level BPE), a folder with one, or GPT-2's vocab.json and merges.txt.
+    def load(path, pattern=None):
+        """A Tokenizer from a tokenizer.json (byte-level BPE), a folder with one, or with GPT-2's vocab.json and
+        merges.txt, or a .tiktoken file of ranks.
 
+        pattern: one to use in place of the file's own, or of the one that OpenAI's vocabulary of that size goes with.
         ValueError that names the field when the file asks for something that this file does not do.
         """
         path = Path(path)
-        if path.is_dir() and not (path / "tokenizer.json").exists():
+        if path.suffix == ".tiktoken":
+            tokenizer = from_tiktoken(path, pattern)
+        elif path.is_dir() and not (path / "tokenizer.json").exists():
             if not (path / "vocab.json").exists() or not (path / "merges.txt").exists():
                 raise ValueError(f"{path}: neither tokenizer.json nor vocab.json and merges.txt in this folder")
             lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
             model = {"type": "BPE", "vocab": read_json(path / "vocab.json"),
                      "merges": [line for line in lines if line and not line.startswith("#version")]}
-            return from_hugging_face({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}, path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        return from_hugging_face(read_json(path), path)
+            tokenizer = from_hugging_face({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}, path, pattern)
+        else:
+            path = path / "tokenizer.json" if path.is_dir() else path
+            tokenizer = from_hugging_face(read_json(path), path, pattern)
+            tokenizer.chat_template = read_chat_template(path.parent)
+        return tokenizer
+
+
+class BatchEncoder:
+    """The ids of texts, many words at once: what `Tokenizer.encode` gives word by word."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.chunks, self.ids_of_word, self.ids_of_chunk = Chunks(tokenizer.pattern), Sequences(), Sequences()
+        self.byte_ids = np.array(tokenizer._byte_ids, np.int32)
+        self.merged = np.array(tokenizer._merged, np.int32)
+        pairs = np.array(list(tokenizer._ranks), np.int64).reshape(-1, 2)
+        pairs, ranks = pairs[:, 0] << 32 | pairs[:, 1], np.array(list(tokenizer._ranks.values()), np.int64)
+        order = np.argsort(pairs)
+        self.pairs, self.ranks = np.append(pairs[order], NEVER), np.append(ranks[order], NEVER)
+        self.first_of_bytes = self._wanted(self.byte_ids[:, None], self.byte_ids[None], 0)  # (256, 256), for place 0
+        # Whether every merge comes after those that make what it joins, as it does when they were learned.
+        made_by = np.full(len(tokenizer), -1)
+        np.maximum.at(made_by, self.merged[ranks], ranks)
+        self.in_order = (ranks > np.maximum(made_by[pairs >> 32], made_by[pairs & 0xFFFFFFFF])).all()
+
+    def __call__(self, texts):
+        """UTF-8 texts -> (the ids of all; where each text's begin, and at last their number)."""
+        if self.chunks.full():
+            self.chunks.clear()
+            self.ids_of_word, self.ids_of_chunk = Sequences(), Sequences()
+        ids, starts, total = [np.empty(0, np.int32)], [0], 0
+        for group in groups(texts, self.chunks.pattern):
+            numbers, chunk_starts = self.chunks(group)
+            self._add_chunks()
+            group_ids, lengths = self.ids_of_chunk.join(numbers)
+            ends = np.append(0, np.cumsum(lengths))[chunk_starts[1:]]
+            starts += [total + end for end, (_, text_ends) in zip(ends.tolist(), group) if text_ends]
+            total += len(group_ids)
+            ids.append(group_ids)
+        return np.concatenate(ids), np.array(starts)
+
+    def _add_chunks(self):
+        """Store the ids of the words, and of the chunks, that were not met before."""
+        new = len(self.chunks.words) - len(self.ids_of_word)
+        words = [word.encode() for word in itertools.islice(reversed(self.chunks.words), new)]
+        self.ids_of_word.extend(*self._encode_words(words[::-1]))
+        words, num_words = self.chunks.words_of_chunk.join(np.arange(len(self.ids_of_chunk), len(self.chunks)))
+        ids, lengths = self.ids_of_word.join(words)
+        before, ends = np.append(0, np.cumsum(lengths)), np.cumsum(num_words)
+        self.ids_of_chunk.extend(ids, before[ends] - before[ends - num_words])
+
+    def _encode_words(self, words):
+        """The ids of words, joined, and how many each has. Long words, and those that are tokens themselves when
+        merges are ignored, go one by one; the others are merged together."""
+        known = self.tokenizer._ids if self.tokenizer.ignore_merges else ()
+        alone = {i: self._encode_alone(word) for i, word in enumerate(words) if len(word) > 1000 or word in known}
+        if not alone:
+            return self._merge_words(words)
+        ids, lengths = self._merge_words([word for i, word in enumerate(words) if i not in alone])
+        places = np.array(list(alone)) - np.arange(len(alone))  # among the others
+        counts = np.fromiter(map(len, alone.values()), np.int64, len(alone))
+        before = np.append(0, np.cumsum(lengths))[places]
+        ids = np.insert(ids, np.repeat(before, counts), list(itertools.chain.from_iterable(alone.values())))
+        return ids, np.insert(lengths, places, counts)
+
+    def _encode_alone(self, word):
+        enough = len(word) > 20_000 and self.in_order and not (self.tokenizer.ignore_merges and word in self.tokenizer._ids)
+        return self._merge_long_word(word) if enough else self.tokenizer._encode_word(word)
+
+    def _merge_words(self, words):
+        """One round merges, in every word, the pair that goes first, until there is none left.
+
+        The words stand one after the other in an array, each followed by -1. `first` says for each place which merge
+        the pair there asks for, and where it stands: rank << 32 | place, or NEVER.
+        """
+        if not words:
+            return np.empty(0, np.int32), np.empty(0, np.int64)
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        ends = np.cumsum(lengths + 1) - 1
+        in_use = np.ones(ends[-1] + 1, bool)
+        in_use[ends] = False
+        text = np.frombuffer(b"\0".join(words) + b"\0", np.uint8)
+        ids = np.where(in_use, self.byte_ids[text], -1)
+        right, left = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)
+        first, starts = np.full(len(ids), NEVER), ends - lengths
+        pairs = np.flatnonzero(in_use[:-1] & in_use[1:])
+        first[pairs] = self.first_of_bytes[text[pairs], text[pairs + 1]] | pairs
+        while len(wanted := (best := np.minimum.reduceat(first, starts))[best < NEVER]):
+            place, rank = wanted & 0xFFFFFFFF, wanted >> 32
+            taken = right[place]
+            after, before = right[taken], left[place]
+            ids[place], right[place], left[after] = self.merged[rank], after, place
+            in_use[taken], first[taken] = False, NEVER
+            first[place] = self._wanted(ids[place], ids[after], place)
+            first[before] = self._wanted(ids[before], ids[place], before)  # before the first place stands the last -1
+        return ids[in_use], np.add.reduceat(in_use, starts, dtype=np.int64)
+
+    def _merge_long_word(self, word):
+        """The ids of one word of many thousand bytes, where each merge in turn is done at all its places at once.
+
+        That is the order of one place at a time, as no merge makes a pair that should have come earlier (`in_order`).
+        `waiting` has the places of each merge, some of which another merge has taken: those now want something else.
+        """
+        text = np.frombuffer(word, np.uint8)
+        ids = np.append(self.byte_ids[text], -1)
+        right, left = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)
+        first, waiting, ranks = np.full(len(ids), NEVER), {}, []  # ranks: a heap of those in `waiting`
+
+        def wait(wanted):
+            wanted = np.sort(wanted[wanted < NEVER])
+            first[wanted & 0xFFFFFFFF] = wanted
+            starts = np.flatnonzero(differs_from_left(wanted >> 32)).tolist()
+            for start, end in zip(starts, starts[1:] + [len(wanted)]):
+                rank = int(wanted[start]) >> 32
+                if rank not in waiting:
+                    heapq.heappush(ranks, rank)
+                waiting.setdefault(rank, []).append(wanted[start:end])
+
+        wait(self.first_of_bytes[text[:-1], text[1:]] | np.arange(len(text) - 1))
+        while ranks:
+            rank = heapq.heappop(ranks)
+            wanted = np.sort(np.concatenate(waiting.pop(rank)))
+            wanted = wanted[(first[wanted & 0xFFFFFFFF] == wanted) & differs_from_left(wanted)]
+            at = every_other_of_runs(wanted & 0xFFFFFFFF, right)
+            taken = right[at]
+            after = right[taken]
+            ids[at], right[at], left[after] = self.merged[rank], after, at
+            ids[taken], first[taken], first[at], first[left[at]] = -1, NEVER, NEVER, NEVER
+            wait(np.concatenate((self._wanted(ids[at], ids[after], at), self._wanted(ids[left[at]], ids[at], left[at]))))
+        return ids[ids >= 0].tolist()
+
+    def _wanted(self, left, right, place):
+        """rank << 32 | place for the pairs that are merges, NEVER for the others."""
+        pair = left.astype(np.int64) << 32 | right
+        at = np.searchsorted(self.pairs, pair)
+        return np.where(self.pairs[at] == pair, self.ranks[at] << 32 | place, NEVER)
+
+
+NEVER = np.int64(1 << 62)
+
+
+def utf8(text):
+    """A str as UTF-8; ValueError for half of a surrogate pair, which has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds a lone surrogate at character {error.start:,}: it has no UTF-8 bytes") from None
+
+
+def merges_of_ranks(ids):
+    """The merges of a vocabulary that came without: every way to join two of its tokens to a third, in the order of the
+    third's id (tiktoken's form). `ids`: dict from bytes to id."""
+    return [(token[:i], token[i:]) for token in sorted(ids, key=ids.get) for i in range(1, len(token))
+            if token[:i] in ids and token[i:] in ids]
 
 
 @contextlib.contextmanager
@@ -628,17 +1166,17 @@ def to_hugging_face(tokenizer):
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": id, "content": token} | flags for token, id in tokenizer.special_tokens.items()],
-        "normalizer": None,
+        "normalizer": {"type": tokenizer.normalizer} if tokenizer.normalizer else None,
         "pre_tokenizer": byte_level if tokenizer.pattern == GPT2_PATTERN else own_pattern,
         "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": tokenizer.ignore_merges,
                   "vocab": vocab, "merges": [f"{spell(first)} {spell(second)}" for first, second in tokenizer.merges]},
     }
 
 
-def from_hugging_face(data, path):
+def from_hugging_face(data, path, pattern=None):
     """A Tokenizer from what a tokenizer.json holds. A field that changes the ids of a text is understood or refused.
 
     (The post_processor is neither: what it adds around a text, such as a beginning-of-text id, is the caller's affair.)
@@ -654,21 +1192,27 @@ def from_hugging_face(data, path):
     need(model.get("type") == "BPE", "model.type", model.get("type"), "BPE")
     need(isinstance(model.get("vocab"), dict), "model.vocab", model.get("vocab"), "an object")
     need(isinstance(model.get("merges"), list), "model.merges", model.get("merges"), "a list")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         need(not model.get(field), f"model.{field}", model.get(field), "none")
-    need(data.get("normalizer") is None, "normalizer", data.get("normalizer"), "none")
+    normalizer = (data.get("normalizer") or {"type": None})
+    need(normalizer["type"] in (None, "NFC", "NFD", "NFKC", "NFKD"), "normalizer", normalizer, "a Unicode form")
 
     pre_tokenizer = data.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", []) if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
-    kinds = [step.get("type") for step in steps]
-    need(kinds in (["ByteLevel"], ["Split", "ByteLevel"]), "pre_tokenizer", pre_tokenizer, "[Split and] ByteLevel")
+    kinds, first = [step.get("type") for step in steps], steps[0]
+    need(kinds in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]), "pre_tokenizer", pre_tokenizer,
+         "[Split or Digits, and] ByteLevel")
     need(not steps[-1].get("add_prefix_space"), "pre_tokenizer.add_prefix_space", True, "false")
-    pattern, use_regex = GPT2_PATTERN, steps[-1].get("use_regex", True)
-    need(use_regex == (len(steps) == 1), "pre_tokenizer.use_regex", use_regex, "true alone and false after Split")
-    if len(steps) == 2:
-        split, pattern = steps[0], (steps[0].get("pattern") or {}).get("Regex")
-        need(pattern and split.get("behavior") == "Isolated" and not split.get("invert"), "pre_tokenizer Split", split,
+    use_regex = steps[-1].get("use_regex", True)
+    need(use_regex == (kinds[0] != "Split"), "pre_tokenizer.use_regex", use_regex, "false after Split, and else true")
+    own = PATTERNS["gpt2"]
+    if kinds[0] == "Split":
+        own = (first.get("pattern") or {}).get("Regex")
+        need(own and first.get("behavior") == "Isolated" and not first.get("invert"), "pre_tokenizer Split", first,
              "an isolating Regex")
+    elif kinds[0] == "Digits":
+        own = PATTERNS["digits"]
+        need(first.get("individual_digits"), "pre_tokenizer Digits.individual_digits", False, "true")
 
     special_tokens = {}
     for token in data.get("added_tokens") or []:
@@ -685,7 +1229,44 @@ def from_hugging_face(data, path):
         raise ValueError(f"{path}: model.vocab or model.merges is not byte-level BPE ({error})") from None
     vocab |= {id: token.encode() for token, id in special_tokens.items()}
     try:
-        return Tokenizer(vocab, merges, special_tokens, pattern)
+        return Tokenizer(vocab, merges, special_tokens, pattern or own, bool(model.get("ignore_merges")), normalizer["type"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_chat_template(folder):
+    """The chat template beside a tokenizer.json: chat_template.jinja, or a field of tokenizer_config.json; or None."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.exists() else None
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+# Of a .tiktoken file the number of ranks tells which of OpenAI's vocabularies it is: those have these special tokens.
+TIKTOKEN = {
+    50256: ("gpt2", {ENDOFTEXT: 50256}),
+    100256: ("cl100k", {ENDOFTEXT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
+                        "<|endofprompt|>": 100276}),
+    199998: ("o200k", {ENDOFTEXT: 199999, "<|endofprompt|>": 200018}),
+}
+
+
+def from_tiktoken(path, pattern=None):
+    """A Tokenizer from a .tiktoken file: a token in base64 and its rank, which is its id, on each line; no merges."""
+    try:
+        rows = [line.split() for line in path.read_bytes().splitlines() if line]
+        vocab = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
+    except ValueError:
+        raise ValueError(f"{path}: not a .tiktoken file, which has a token in base64 and its rank on each line") from None
+    name, special_tokens = TIKTOKEN.get(len(vocab), (None, ()))
+    if pattern is None and name is None:
+        raise ValueError(f"{path}: {len(vocab):,} ranks, of no vocabulary known here, and the file does not say how text is "
+                         f"cut into words; load it with pattern=bpe.PATTERNS[...], one of {', '.join(PATTERNS)}")
+    try:
+        return Tokenizer(vocab, None, special_tokens, pattern or PATTERNS[name], ignore_merges=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -699,9 +1280,10 @@ LOCAL = Path("corpus/local")  # where data.py puts the text that every Python in
 def command_train(args):
     """`bpe.py train`: learn a tokenizer from files and save it."""
     start = time.time()
-    vocab, merges = train_bpe(args.files, args.vocab_size, args.special_tokens, num_workers=args.workers)
+    pattern = PATTERNS.get(args.pattern, args.pattern)
+    vocab, merges = train_bpe(args.files, args.vocab_size, args.special_tokens, pattern, args.workers)
     seconds = time.time() - start
-    Tokenizer(vocab, merges, args.special_tokens).save(args.out)
+    Tokenizer(vocab, merges, args.special_tokens, pattern).save(args.out)
     megabytes = sum(os.stat(path).st_size for path in args.files) / 1e6
     print(f"{args.out}: {len(vocab):,} tokens from {megabytes:.1f} MB of files in {seconds:.1f} s "
           f"({megabytes / seconds:.1f} MB/s); the longest: {max(vocab.values(), key=len)!r}")
@@ -763,8 +1345,8 @@ def command_show(args):
     tokenizer = load_tokenizer(args.tokenizer)
     text, note = args.text, ""
     if os.path.isfile(text):
-        with contextlib.closing(read_documents(text, cut=True)) as documents:
-            whole = next(documents)[0]
+        with contextlib.closing(read_documents(text, cut=functools.partial(last_cut, pattern=GPT2_PATTERN))) as documents:
+            whole = next(documents)[0].decode()
         text = whole[:4000]
         note = f"  (the first {len(text):,} characters of {args.text})" if len(text) < len(whole) else ""
     ids = tokenizer.encode(text, special="text")
@@ -793,10 +1375,10 @@ def demonstrate(vocab_size=4096):
     """Train on the local corpus and print what a lecture on tokenizers would show."""
     train, held_out = local_corpus()
     (vocab, merges), seconds = timed(train_bpe, train, vocab_size)
-    train_texts, texts = ([text for text, _, _ in read_documents(path)] for path in (train, held_out))
+    train_texts, texts = texts_of(train), texts_of(held_out)
     train_size, size = (sum(len(text.encode()) for text in part) for part in (train_texts, texts))
     text, characters = "".join(texts), set().union(*train_texts)
-    words = count_words(([(text, True) for text in train_texts], 0), GPT2_PATTERN, [ENDOFTEXT])
+    words = set().union(*map(compile_pattern(GPT2_PATTERN).findall, train_texts))
 
     print(f"\nTrained on {train_size / 1e6:.1f} MB of {train}, measured on {size / 1e6:.1f} MB of {held_out}\n")
     print(f"{'tokens are':<14}{'vocabulary':>11}{'bytes per token':>17}{'never seen in training':>24}")
@@ -817,13 +1399,16 @@ def demonstrate(vocab_size=4096):
     print("\nThe longest tokens with a letter in them:", "  ".join(map(repr, longest[:12])))
 
     tokenizer = Tokenizer(vocab, merges, [ENDOFTEXT])  # a fresh one, that remembers no words yet
-    ids, encode_seconds = timed(lambda: [tokenizer.encode(text, "text") for text in texts])
+    ids, encode_seconds = timed(tokenizer.encode, text, "text")
     print(f"\n{'MB/s':<20}{'training':>9}{'encoding, one thread':>22}{'ids':>7}")
     print(f"{'bpe.py':<20}{train_size / 1e6 / seconds:>9.1f}{size / 1e6 / encode_seconds:>22.1f}")
-    for name, train_seconds, peer_seconds, peer_ids in peers(tokenizer, train_texts, texts):
-        speed = f"{train_size / 1e6 / train_seconds:.1f}" if train_seconds else "-"
-        same = "equal" if peer_ids == ids else "differ"
-        print(f"{name:<20}{speed:>9}{size / 1e6 / peer_seconds:>22.1f}{same:>7}")
+    for name in installed(TRAINERS | ENCODERS):
+        speed = "-" if name not in TRAINERS else f"{train_size / 1e6 / timed(TRAINERS[name], [train], vocab_size)[1]:.1f}"
+        encoding, same = "-", "-"
+        if name in ENCODERS:
+            peer_ids, seconds = timed(ENCODERS[name](tokenizer), text)
+            encoding, same = f"{size / 1e6 / seconds:.1f}", "equal" if list(peer_ids) == ids else "differ"
+        print(f"{name:<20}{speed:>9}{encoding:>22}{same:>7}")
 
     target = LOCAL / "tokenizer.json"
     if target.exists():
@@ -833,29 +1418,60 @@ def demonstrate(vocab_size=4096):
         print(f"\nWrote {target}. Now try: python bpe.py show \"any text\"")
 
 
-def peers(tokenizer, train_texts, texts):
-    """Yield (name, seconds of training or None, seconds of encoding, ids) of each other tokenizer that is installed."""
-    with contextlib.suppress(ImportError):
-        import tokenizers
+# The peers: other tokenizers, where they are installed. A trainer takes files and a vocabulary size; an encoder is made
+# from a Tokenizer and gives the ids of a text.
 
-        peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=len(tokenizer), special_tokens=[ENDOFTEXT], show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        _, train_seconds = timed(peer.train_from_iterator, train_texts, trainer)
-        peer = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(tokenizer)))
-        ids, seconds = timed(lambda: [peer.encode(text).ids for text in texts])
-        yield f"tokenizers {tokenizers.__version__}", train_seconds, seconds, ids
-    with contextlib.suppress(ImportError):
-        import tiktoken
 
-        special_ids = set(tokenizer.special_tokens.values())
-        ranks = {token: id for id, token in tokenizer.vocab.items() if id not in special_ids}
-        peer = tiktoken.Encoding("peer", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                 special_tokens=tokenizer.special_tokens)
-        ids, seconds = timed(lambda: [peer.encode_ordinary(text) for text in texts])
-        yield f"tiktoken {tiktoken.__version__}", None, seconds, ids
+def train_tokenizers(paths, vocab_size):
+    import tokenizers
+
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[ENDOFTEXT], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    peer.train_from_iterator(iter(texts_of(*paths)), trainer)
+
+
+def train_rustbpe(paths, vocab_size):
+    import rustbpe
+
+    rustbpe.Tokenizer().train_from_iterator(iter(texts_of(*paths)), vocab_size, pattern=GPT2_PATTERN)
+
+
+def tiktoken_encoder(tokenizer):
+    import tiktoken
+
+    ranks = tokenizer._ids
+    peer = tiktoken.Encoding("peer", pat_str=tokenizer.pattern, mergeable_ranks=ranks,
+                             special_tokens=tokenizer.special_tokens)
+    return peer.encode_ordinary
+
+
+def tokenizers_encoder(tokenizer):
+    import tokenizers
+
+    peer = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(tokenizer)))
+    return lambda text: peer.encode(text).ids
+
+
+def gigatoken_encoder(tokenizer):
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_json(json.dumps(to_hugging_face(tokenizer))).encode
+
+
+TRAINERS = {"tokenizers": train_tokenizers, "rustbpe": train_rustbpe}
+ENCODERS = {"tiktoken": tiktoken_encoder, "tokenizers": tokenizers_encoder, "gigatoken": gigatoken_encoder}
+
+
+def installed(names):
+    """Those of the names that can be imported."""
+    return [name for name in names if importlib.util.find_spec(name)]
+
+
+def texts_of(*paths):
+    """The documents of files, as a list of str."""
+    return [text.decode() for path in paths for text, _, _ in read_documents(path)]
 
 
 def timed(function, *arguments):
@@ -863,6 +1479,96 @@ def timed(function, *arguments):
     start = time.perf_counter()
     value = function(*arguments)
     return value, time.perf_counter() - start
+
+
+def command_bench(args):
+    """`bpe.py bench`: speed beside the peers that are installed, each in its turn, several times over."""
+    files = args.files or list(local_corpus())
+    texts = texts_of(*files)
+    text, size = "".join(texts), sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{size:.1f} MB in {len(texts):,} documents; medians of {args.repeats} rounds in which all take turns")
+
+    def table(title, contenders):
+        """contenders: functions that give their seconds, and something to say of them."""
+        rounds = [{name: measure() for name, measure in contenders.items()} for _ in range(args.repeats)]
+        print(f"\n{title:<32}{'seconds':>9}{'MB/s':>8}{'speed against the first':>25}")
+        for name, (_, note) in rounds[-1].items():
+            seconds = statistics.median(taken[name][0] for taken in rounds)
+            ratio = statistics.median(taken[next(iter(taken))][0] / taken[name][0] for taken in rounds)
+            print(f"{name:<32}{seconds:>9.2f}{size / seconds:>8.1f}{ratio:>25.2f}   {note}", flush=True)
+
+    trainers = {"bpe.py": train_bpe} | {name: TRAINERS[name] for name in installed(TRAINERS)}
+    table(f"training, {args.vocab_size:,} tokens", {
+        name: functools.partial(in_child, train, files, args.vocab_size) for name, train in trainers.items()})
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        vocab, merges = train_bpe(files, args.vocab_size)
+        tokenizer = Tokenizer(vocab, merges, [ENDOFTEXT])
+    unused = copy.deepcopy(tokenizer)
+    encoders = {name: ENCODERS[name](tokenizer) for name in installed(ENCODERS)}
+    for title, parts in (("encoding, as one text", [text]), ("encoding, a document at a time", texts)):
+        expected = [tokenizer.encode(part, "text") for part in parts]
+
+        def encoding(encoder):
+            ids, seconds = timed(lambda encode: [encode(part) for part in parts], encoder())
+            return seconds, "" if ids == expected else "differs" if list(map(list, ids)) != expected else "equal ids"
+
+        table(title, {
+            "bpe.py": functools.partial(encoding, lambda: functools.partial(copy.deepcopy(unused).encode, special="text")),
+            "bpe.py, that knows the words": functools.partial(
+                encoding, lambda: functools.partial(tokenizer.encode, special="text")),
+        } | {name: functools.partial(encoding, lambda name=name: encoders[name]) for name in encoders})
+    with tempfile.TemporaryDirectory() as folder:
+        table("encode_file", {
+            f"{workers} worker(s)": functools.partial(in_child, unused.encode_file, files, f"{folder}/tokens.npy", workers)
+            for workers in sorted({1, 2, os.cpu_count()})})
+
+
+def in_child(function, *arguments):
+    """The seconds that a call takes in a process of its own, and how much memory it needs at most."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, function, *arguments).result()
+
+
+def measured(function, *arguments):
+    import resource  # not on Windows
+
+    _, seconds = timed(function, *arguments)
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = (own + os.cpu_count() * child) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
+    return seconds, f"at most {peak:,.0f} MB"
+
+
+def command_fuzz(args):
+    """`bpe.py fuzz`: the ids of random strings by both ways of encoding and by tiktoken, for every pattern."""
+    if not installed(["tiktoken"]):
+        raise ValueError("fuzz compares with tiktoken: pip install tiktoken")
+    trained = load_tokenizer(args.tokenizer)
+    for name, pattern in PATTERNS.items():
+        tokenizer = Tokenizer(trained.vocab, trained.merges, trained.special_tokens, pattern)
+        peer, rng = tiktoken_encoder(tokenizer), random.Random(args.seed)
+        for start in tqdm(range(0, args.count, 1000), desc=name, disable=None, leave=False):
+            texts = [random_text(rng, rng.randrange(1, 60)) for _ in range(min(1000, args.count - start))]
+            ids, starts = tokenizer._encode_texts([text.encode() for text in texts])
+            for text, begin, end in zip(texts, starts, starts[1:]):
+                results = ids[begin:end].tolist(), tokenizer.encode(text, "text"), peer(text)
+                if not results[0] == results[1] == results[2]:
+                    raise ValueError(f"{name}: {text!r} is {results[0]} many at a time, {results[1]} one at a time, and "
+                                     f"{results[2]} by tiktoken")
+        print(f"{name:<10}{args.count:,} strings, no difference", flush=True)
+
+
+def random_text(rng, length):
+    """Text of every kind that a tokenizer meets: many scripts, spaces, controls, emoji, and runs of one character."""
+    kinds = [
+        lambda: rng.choice("abcdefghijklmnopqrstuvwxyzABC"), lambda: rng.choice("  \n\t\r\u00a0\u2003\u3000\x85\x1c"),
+        lambda: rng.choice("0123456789²½٣"), lambda: rng.choice(".,;:!?'\"()[]{}<>|_-+=*&^%$#@~`/\\"),
+        lambda: rng.choice(["'s", "'ll", "'T", " the", "ing", ENDOFTEXT, "<|", "👩‍👩‍👧", "🇨🇭", "é", "e\u0301"]),
+        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+        lambda: rng.choice("aé字 \n") * rng.randrange(1, 30),
+    ]
+    return "".join(rng.choice(kinds)() for _ in range(length))
 
 
 def local_corpus():
@@ -888,7 +1594,8 @@ def load_tokenizer(path):
 
 def identity(tokenizer):
     """All that decides which ids a text gets."""
-    return tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, tokenizer.pattern
+    return (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, tokenizer.pattern, tokenizer.ignore_merges,
+            tokenizer.normalizer)
 
 
 def text_bytes(tokenizer, ids):
@@ -928,8 +1635,8 @@ def parse_args(argv):
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = Parser(prog="bpe.py", description="Byte-level BPE. Without a command: train on the local corpus, and show "
                                                "what came of it.", **style)
-    commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show}")
-    tokenizer_help = "tokenizer.json, or a folder with one, or with GPT-2's vocab.json and merges.txt"
+    commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show,bench,fuzz}")
+    tokenizer_help = "tokenizer.json, or a folder with one, or with GPT-2's vocab.json and merges.txt, or a .tiktoken file"
     files_help = ".jsonl or text, .gz of either"
 
     def add(name, description):
@@ -943,6 +1650,7 @@ def parse_args(argv):
     train.add_argument("--vocab_size", type=int, default=4096, help="tokens in all: 256 bytes, merges, special tokens")
     train.add_argument("--out", default="tokenizer.json", help="the file to write")
     train.add_argument("--special_tokens", nargs="*", default=[ENDOFTEXT], help="never split; take the last ids")
+    train.add_argument("--pattern", default="gpt2", help=f"how text is cut into words: {', '.join(PATTERNS)}, or a regex")
     add_workers(train)
     encode = add("encode", "Write the tokens of each file as FOLDER/<name>.npy, and the tokenizer.json beside them.")
     encode.add_argument("files", nargs="+", help=files_help)
@@ -956,13 +1664,23 @@ def parse_args(argv):
     show = add("show", "Print a text with its tokens in colour, and their number.")
     show.add_argument("text", help="a text, or a file (its first document, 4,000 characters of it)")
     show.add_argument("--tokenizer", default=str(LOCAL / "tokenizer.json"), help=tokenizer_help)
+    bench = add("bench", "Speed of training and encoding, beside the peers that are installed.")
+    bench.add_argument("files", nargs="*", help=f"{files_help}; none: the local corpus")
+    bench.add_argument("--vocab_size", type=int, default=4096, help="tokens to train")
+    bench.add_argument("--tokenizer", help=f"{tokenizer_help}, to encode with; None: the one trained")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians are printed")
+    fuzz = add("fuzz", "Compare the ids of random strings with tiktoken's, for every pattern.")
+    fuzz.add_argument("--tokenizer", default=str(LOCAL / "tokenizer.json"), help=tokenizer_help)
+    fuzz.add_argument("--count", type=int, default=100_000, help="strings for each pattern")
+    fuzz.add_argument("--seed", type=int, default=0, help="other seeds, other strings")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
     args = parse_args(argv)
-    commands = {"train": command_train, "encode": command_encode, "decode": command_decode, "show": command_show}
+    commands = {"train": command_train, "encode": command_encode, "decode": command_decode, "show": command_show,
+                "bench": command_bench, "fuzz": command_fuzz}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
     try:
         commands[args.command](args) if args.command else demonstrate()

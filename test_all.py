@@ -11,6 +11,7 @@ import builtins
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import data
 import model as model_file
 import sample
 import train
+from bpe import random_text
 from model import (PRESETS, Config, KVCache, Ops, Transformer, apply_rope, attention, attention_reference, cross_entropy,
                    flops_by_component, flops_per_token, linear_cross_entropy, load_pretrained, load_safetensors, memory_bytes,
                    num_parameters, rms_norm, rope_tables, save_pretrained, save_safetensors, softmax, swiglu)
@@ -433,16 +435,10 @@ def slow_encode(text, merges):
     return ids
 
 
-def random_text(rng, length):
-    """Text of every kind that a tokenizer meets: many scripts, spaces, controls, emoji, and runs of one character."""
-    kinds = [
-        lambda: rng.choice("abcdefghijklmnopqrstuvwxyzABC"), lambda: rng.choice("  \n\t\r\u00a0\u2003\u3000\x85\x1c"),
-        lambda: rng.choice("0123456789²½٣"), lambda: rng.choice(".,;:!?'\"()[]{}<>|_-+=*&^%$#@~`/\\"),
-        lambda: rng.choice(["'s", "'ll", "'T", " the", "ing", EOT, "<|", "👩‍👩‍👧", "🇨🇭", "é", "e\u0301"]),
-        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
-        lambda: rng.choice("aé字 \n") * rng.randrange(1, 30),
-    ]
-    return "".join(rng.choice(kinds)() for _ in range(length))
+def small_blocks(monkeypatch, size):
+    """Have files read, and texts worked on, in pieces of `size` bytes."""
+    for name in ("GROUP", "BLOCK"):
+        monkeypatch.setattr(bpe, name, size)
 
 
 def sentences(rng, count):
@@ -501,7 +497,7 @@ def test_merges_equal_those_of_counting_everything_again(folder, alphabet):
 
 def test_merges_on_mixed_text_equal_the_slow_ones_with_one_worker_and_with_two(corpus, monkeypatch):
     expected = slow_bpe(corpus[1], 400, ["<|sep|>", EOT])
-    monkeypatch.setattr(bpe, "BLOCK", 500)  # so that this small file is many batches
+    small_blocks(monkeypatch, 100)  # so that this small file is many batches
     for workers in (1, 2):
         vocab, merges = bpe.train_bpe(corpus[0], 400, ["<|sep|>", EOT], num_workers=workers)
         assert merges == expected
@@ -529,7 +525,7 @@ def test_a_text_file_gives_the_same_merges_however_it_is_cut_into_blocks(folder,
     path.write_bytes(EOT.join(texts).encode())
     expected = slow_bpe(texts, 320, [EOT])
     for block in (16, 100, 1 << 20):
-        monkeypatch.setattr(bpe, "BLOCK", block)
+        small_blocks(monkeypatch, block)
         assert bpe.train_bpe([path], 320, num_workers=1)[1] == expected
 
 
@@ -561,15 +557,69 @@ def test_white_space_for_python_covers_white_space_for_the_pattern():
     assert len(for_pattern) > 20 and all(map(str.isspace, for_pattern))
 
 
-def test_words_on_both_sides_of_a_cut_are_the_words_of_the_whole():
-    rng, cuts = random.Random(1), 0
-    for _ in range(3000):
-        text = random_text(rng, rng.randrange(1, 12))
-        place = bpe.last_cut(text)
-        cuts += place > 0
-        words = regex.findall(bpe.GPT2_PATTERN, text)
-        assert regex.findall(bpe.GPT2_PATTERN, text[:place]) + regex.findall(bpe.GPT2_PATTERN, text[place:]) == words
-    assert cuts > 500
+# One or more of each kind of character that the patterns tell apart, and the spaces, marks and digits of other scripts.
+KINDS = "aZsé中ǅʰ\u0301 \n\r\t\x0b\u00a0\u3000\x1c\x00'./-17٣²ſ\u2028\x85"
+
+
+def wrong_cuts(pattern, texts):
+    """The texts whose words differ when they are cut wherever the rules allow, and how many cuts there were."""
+    find_words, wrong, cuts = bpe.compile_pattern(pattern).findall, [], 0
+    for text in texts:
+        data = text.encode()
+        places = bpe.cut_places(data, pattern).tolist()
+        parts = [data[start:end].decode() for start, end in zip([0] + places, places + [len(data)])]
+        wrong += [text] if [word for part in parts for word in find_words(part)] != find_words(text) else []
+        cuts += len(places)
+    return wrong, cuts
+
+
+@pytest.mark.parametrize("name", bpe.PATTERNS)
+def test_words_on_both_sides_of_a_cut_are_the_words_of_the_whole(name):
+    texts = ["".join(each) for length in (1, 2, 3) for each in itertools.product(KINDS, repeat=length)]
+    rng = random.Random(1)
+    texts += ["".join(rng.choices(KINDS, k=rng.randrange(4, 9))) for _ in range(6000)]
+    wrong, cuts = wrong_cuts(bpe.PATTERNS[name], texts)
+    assert wrong == [] and cuts > 5_000
+
+
+@pytest.mark.parametrize("name, rule", [
+    ("gpt2", ("between", b"'", bpe.LETTERS)), ("gpt2", ("between", b"\n", bpe.SOLID)), ("digits", ("before", b" ", b"1")),
+    ("llama3", ("before", b"\n", bpe.SOLID)), ("llama3", ("between", b".", bpe.LETTERS)), ("o200k", ("between", b"\n", b"/")),
+    ("o200k", ("between", bpe.LETTERS, b"'")), ("cl100k", ("before", b" ", bpe.SOLID)), ("qwen2", ("between", b".", b"\n")),
+])
+def test_that_test_would_find_a_rule_too_many(name, rule, monkeypatch):
+    pattern = bpe.PATTERNS[name]
+    monkeypatch.setitem(bpe.CUTS, pattern, bpe.CUTS[pattern][:6] + [rule])
+    bpe.cut_tables.cache_clear()
+    texts = ["".join(each) for each in itertools.product("aA s\n.'/1", repeat=4)]
+    assert wrong_cuts(pattern, texts)[0]
+    bpe.cut_tables.cache_clear()
+
+
+def test_a_pattern_without_rules_is_never_cut():
+    assert len(bpe.cut_places(b"one two, three\n 4", r"\w+|\W")) == 0
+    assert bpe.last_cut(b"one two", r"\w+|\W") == 0 and bpe.last_cut(b"one two", bpe.GPT2_PATTERN) == 3
+    assert bpe.last_cut(b"one two", bpe.GPT2_PATTERN, ["<|a b|>"]) == 0  # one could be cut in two
+
+
+def test_chunks_that_collide_or_are_long_or_hold_nul_have_their_own_numbers():
+    rng = random.Random(8)
+    texts = ["".join(rng.choices("abcdef\0", k=rng.randrange(1, 40))) + " " for _ in range(3000)] + ["a", "a\0", "a\0\0"]
+    chunks = bpe.Chunks(bpe.GPT2_PATTERN)
+    seen = {}
+    for start in range(0, len(texts), 50):  # the table grows several times
+        group = [(text.encode(), True) for text in texts[start : start + 50]]
+        numbers, starts = chunks(group)
+        for (text, _), begin, end in zip(group, starts, starts[1:]):
+            pieces = np.append(bpe.cut_places(text, bpe.GPT2_PATTERN, [0]), len(text)).tolist()
+            pieces = [text[i:j] for i, j in zip(pieces, pieces[1:])]
+            for piece, number in zip(pieces, numbers[begin:end].tolist(), strict=True):
+                assert seen.setdefault(piece, number) == number
+    assert len(set(seen.values())) == len(seen) > 2500 and 0 not in seen.values()
+    words, by_number = list(chunks.words), {number: piece for piece, number in seen.items()}
+    for number, piece in by_number.items():
+        numbers, _ = chunks.words_of_chunk.join(np.array([number]))
+        assert [words[i] for i in numbers] == regex.findall(bpe.GPT2_PATTERN, piece.decode())
 
 
 # -- encoding and decoding
@@ -579,6 +629,39 @@ def test_encoding_equals_applying_each_merge_in_turn(tokenizer):
     rng = random.Random(5)
     for text in [sentences(rng, 200)] + [random_text(rng, 20) for _ in range(40)] + ["", "a" * 99, "that" * 50]:
         assert tokenizer.encode(text, special="text") == slow_encode(text, tokenizer.merges)
+
+
+@pytest.mark.parametrize("block", [40, 1000, 1 << 20])
+def test_many_texts_at_once_have_the_ids_of_each_alone(tokenizer, monkeypatch, block):
+    rng = random.Random(block)
+    texts = [random_text(rng, rng.randrange(30)) for _ in range(300)] + [sentences(rng, 300), "", " ", "x" * 70, "", ""]
+    small_blocks(monkeypatch, block)
+    for full in (False, True):  # True: all is forgotten at every call
+        monkeypatch.setattr(bpe.Chunks, "full", lambda chunks: full)
+        for _ in range(2):
+            ids, starts = tokenizer._encode_texts([text.encode() for text in texts])
+            ours = [ids[begin:end].tolist() for begin, end in zip(starts, starts[1:])]
+            assert ours == [slow_encode(text, tokenizer.merges) for text in texts]
+
+
+def test_the_textbook_encoder_in_the_file_gives_the_same_tokens(tokenizer):
+    text = sentences(random.Random(9), 30) + " \n  x"
+    tokens = [tokenizer.vocab[id] for id in tokenizer.encode(text, special="text")]
+    assert bpe.encode_textbook(text, tokenizer.merges) == tokens and len(tokens) < len(text)
+
+
+def test_special_tokens_in_a_long_text(tokenizer):
+    several = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT, EOT + EOT])
+    part = sentences(random.Random(3), 800)
+    assert len(part) > 2000  # long enough to be encoded all at once
+    ids = tokenizer.encode(part)
+    assert several.encode(EOT + part + EOT * 3 + part) == [499, *ids, 500, 499, *ids]
+    text = slow_encode(EOT + part + EOT * 3 + part, tokenizer.merges)
+    assert several.encode(EOT + part + EOT * 3 + part, special="text") == text
+    with pytest.raises(ValueError, match="holds the special token"):
+        several.encode(part + EOT, special="error")
+    with pytest.raises(ValueError, match="lone surrogate at character 2"):
+        several.encode("ab\udc80" + part)
 
 
 def test_every_string_survives_the_round_trip(tokenizer):
@@ -616,7 +699,7 @@ def test_of_special_tokens_that_begin_alike_the_longest_is_taken(tokenizer):
 
 
 def test_encoding_in_chunks_equals_encoding_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(bpe, "BLOCK", 16 * 20)  # hold back at most about 20 characters
+    small_blocks(monkeypatch, 16 * 20)  # hold back at most about 20 characters
     names = [EOT, EOT + EOT, "<|two words|>"]
     rng = random.Random(4)
     for special_tokens in (names[:1], names[:2], names):
@@ -643,8 +726,9 @@ def test_long_text_without_a_space_takes_seconds_to_train_on_and_to_encode(token
 
 
 def test_lone_surrogates_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"lone surrogate, in '\\ud800'"):
-        tokenizer.encode("a b\ud800 c")
+    for text in ("a b\ud800 c", "a b\ud800 c" + " d" * 2000):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer.encode(text)
 
 
 def test_an_id_outside_the_vocabulary_is_named(tokenizer):
@@ -672,7 +756,7 @@ def test_a_pattern_of_ones_own_loses_no_character_and_a_useless_one_is_refused(t
 
 def test_encode_file_writes_each_document_and_an_end(tokenizer, corpus, folder, monkeypatch):
     expected = [id for text in corpus[1] for id in tokenizer.encode(text, special="text") + [tokenizer.eot]]
-    monkeypatch.setattr(bpe, "BLOCK", 500)
+    small_blocks(monkeypatch, 500)
     for workers in (1, 2):
         assert tokenizer.encode_file(corpus[0], folder / "out" / "tokens.npy", workers) == len(expected)
         tokens = np.load(folder / "out" / "tokens.npy")
@@ -687,7 +771,7 @@ def test_text_files_end_documents_at_endoftext_whatever_the_block(tokenizer, fol
     packed.write_bytes(gzip.compress((joined + EOT).encode()))  # an <|endoftext|> at the very end adds no document
     expected = [id for text in documents for id in tokenizer.encode(text) + [tokenizer.eot]]
     for block in (7, 64, 1 << 20):
-        monkeypatch.setattr(bpe, "BLOCK", block)
+        small_blocks(monkeypatch, block)
         assert tokenizer.encode_file([plain, packed], folder / "d.npy", 1) == 2 * len(expected)
         assert np.load(folder / "d.npy").tolist() == expected * 2
 
@@ -733,7 +817,8 @@ def test_files_that_hold_no_documents_are_named(folder, name, content, told):
 
 
 def same(a, b):
-    return (a.vocab, a.merges, a.special_tokens, a.pattern) == (b.vocab, b.merges, b.special_tokens, b.pattern)
+    return all(getattr(a, name) == getattr(b, name) for name in (
+        "vocab", "merges", "special_tokens", "pattern", "ignore_merges", "normalizer", "chat_template"))
 
 
 def test_save_and_load_keep_the_tokenizer(tokenizer, folder):
@@ -785,7 +870,7 @@ def test_gpt2_ids_as_published():
     ({"model": {"type": "Unigram", "vocab": []}}, 'model.type is "Unigram"'),
     ({"model": {"type": "WordPiece", "vocab": {}}}, 'model.type is "WordPiece"'),
     ({"model": None}, "model is null"),
-    ({"normalizer": {"type": "NFC"}}, 'normalizer is {"type": "NFC"}'),
+    ({"normalizer": {"type": "Lowercase"}}, 'normalizer is {"type": "Lowercase"}'),
     ({"pre_tokenizer": {"type": "Metaspace"}}, 'pre_tokenizer is {"type": "Metaspace"}'),
     ({"pre_tokenizer": None}, "pre_tokenizer is"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer.add_prefix_space is true"),

@@ -7,6 +7,7 @@ formula worked by hand, a slow reference written here, a published number, anoth
 Tests against other libraries (transformers, tokenizers, tiktoken, safetensors) and against data in ../shared/data skip
 where those are missing. Everything is written to temporary folders.
 """
+import base64
 import builtins
 import gzip
 import hashlib
@@ -719,10 +720,8 @@ def test_encoding_in_chunks_holds_back_little_of_ordinary_text(tokenizer):
     assert next(tokenizer.encode_iterable(chunks)) == tokenizer.encode("the")[0]
 
 
-def test_long_text_without_a_space_takes_seconds_to_train_on_and_to_encode(tokenizer):
+def test_long_text_without_a_space_takes_seconds_to_train_on():
     assert len(bpe.learn_merges({"".join(random.Random(0).choices("ACGT", k=100_000)): 1}, 300)) == 300
-    for text in ("a" * 1_000_000, "".join(random.Random(0).choices("ACGT", k=100_000))):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_lone_surrogates_are_refused(tokenizer):
@@ -885,6 +884,216 @@ def test_tokenizers_of_another_kind_are_refused_by_the_name_of_the_field(tokeniz
     assert "\n" not in str(error.value)
 
 
+# -- everyone's tokenizers
+
+
+def byte_level(**options):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True} | options
+
+
+def split_by(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level(use_regex=False)]}
+
+
+DIGITS_FIRST = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level()]}
+FAMILIES = {  # what the families' tokenizer.json differ in
+    "gpt2": ({"pre_tokenizer": byte_level()}, {}),
+    "llama3": ({"pre_tokenizer": split_by(bpe.PATTERNS["llama3"])}, {"ignore_merges": True}),
+    "qwen": ({"pre_tokenizer": split_by(bpe.PATTERNS["qwen2"]), "normalizer": {"type": "NFC"}}, {}),
+    "smollm": ({"pre_tokenizer": DIGITS_FIRST}, {}),
+    "own": ({"pre_tokenizer": split_by(r"\w+|\W")}, {}),
+}
+
+
+def family_file(tokenizer, name, path):
+    """A tokenizer.json as a family of models has it, with an added token that is no merge of the others."""
+    fields, model = FAMILIES[name]
+    data = bpe.to_hugging_face(tokenizer) | fields
+    data["model"] |= model
+    data["model"]["vocab"] = dict(data["model"]["vocab"], **{"thecat": 500})  # a token, but no merge makes it
+    data["added_tokens"].append({"id": 501, "content": "<|im_start|>", "special": True, "single_word": False,
+                                 "lstrip": False, "rstrip": False, "normalized": False})
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_families_tokenizer_json_gives_the_ids_that_tokenizers_gives(tokenizer, folder, name):
+    tokenizers = pytest.importorskip("tokenizers")
+    path, rng = family_file(tokenizer, name, folder / f"{name}.json"), random.Random(name)
+    peer, ours = tokenizers.Tokenizer.from_file(str(path)), bpe.Tokenizer.load(path)
+    ours.save(folder / f"{name}-again.json")
+    again = tokenizers.Tokenizer.from_file(str(folder / f"{name}-again.json"))
+    texts = [random_text(rng, rng.randrange(60)) for _ in range(600)] + [sentences(rng, 900), "thecat", "cafe\u0301"]
+    for text in texts:
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn") + "<|im_start|>the cat 123"
+        assert ours.encode(text) == peer.encode(text).ids == again.encode(text).ids, text
+
+
+def test_digits_are_words_of_their_own_where_a_file_says_so(tokenizer, folder):
+    ours = bpe.Tokenizer.load(family_file(tokenizer, "smollm", folder / "digits.json"))
+    find, rng = regex.compile(bpe.GPT2_PATTERN).findall, random.Random(1)
+    for text in [random_text(rng, 30) for _ in range(300)] + ["a  12 ", " 1"]:
+        parts = regex.split(r"(\p{N})", text)  # as the file says: digits first, the pattern on what is between them
+        words = [word for i, part in enumerate(parts) for word in ([part] if i % 2 else find(part))]
+        assert ours._find_words(text) == words
+
+
+def test_with_ignore_merges_a_word_of_the_vocabulary_is_that_token(tokenizer, folder):
+    llama = bpe.Tokenizer.load(family_file(tokenizer, "llama3", folder / "llama.json"))
+    gpt = bpe.Tokenizer.load(family_file(tokenizer, "gpt2", folder / "gpt.json"))
+    assert llama.encode("thecat") == [500] and gpt.encode("thecat") == gpt.encode("the") + gpt.encode("cat")
+    assert llama.encode("thecat " * 400)[::2] == [500] + llama.encode("thecat " * 400)[2::2]  # many at once, too
+    long = "thecat " * 400
+    assert llama.encode(long) == [id for word in regex.findall(llama.pattern, long) for id in llama.encode(word)]
+
+
+def test_qwens_normal_form_joins_letters_and_their_accents(tokenizer, folder):
+    qwen = bpe.Tokenizer.load(family_file(tokenizer, "qwen", folder / "qwen.json"))
+    assert qwen.encode("cafe\u0301") == qwen.encode("café") != tokenizer.encode("cafe\u0301")
+    assert qwen.decode(qwen.encode("cafe\u0301")) == "café"
+    assert qwen.encode("cafe\u0301 " * 600) == qwen.encode("café " * 600)
+    (folder / "nfc.txt").write_text("cafe\u0301", encoding="utf-8")
+    qwen.encode_file(folder / "nfc.txt", folder / "nfc.npy", 1)
+    assert np.load(folder / "nfc.npy").tolist() == qwen.encode("café") + [499]
+
+
+def tiktoken_file(tokenizer, path):
+    """The vocabulary without its special tokens as a .tiktoken file, and its ranks."""
+    ranks = {token: id for id, token in tokenizer.vocab.items() if id != tokenizer.eot}
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return ranks
+
+
+def encode_by_ranks(word, ranks):
+    """Tiktoken's rule: a word that has a rank is that token; else the pair whose join has the lowest rank is joined."""
+    parts = [word] if word in ranks else [bytes([byte]) for byte in word]
+    while joined := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+        _, i = min(joined)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return [ranks[part] for part in parts]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
+def test_ranks_without_merges_give_the_ids_of_their_definition_and_of_tiktoken(tokenizer, folder, name):
+    ranks, path, rng = tiktoken_file(tokenizer, folder / f"{name}.tiktoken"), folder / f"{name}.tiktoken", random.Random(4)
+    ours = bpe.Tokenizer.load(path, pattern=bpe.PATTERNS[name])
+    texts = [random_text(rng, 30) for _ in range(400)] + [sentences(rng, 500), "that" * 40]
+    for text in texts:
+        words = bpe.compile_pattern(bpe.PATTERNS[name]).findall(text)
+        assert ours.encode(text) == [id for word in words for id in encode_by_ranks(word.encode(), ranks)]
+    if importlib.util.find_spec("tiktoken"):
+        peer = bpe.tiktoken_encoder(ours)
+        assert [ours.encode(text) for text in texts] == [peer(text) for text in texts]
+    if importlib.util.find_spec("tokenizers"):
+        ours.save(folder / "ranks.json")
+        again = bpe.Tokenizer.load(folder / "ranks.json")
+        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+
+
+def test_ranks_that_join_out_of_order(folder):
+    """A vocabulary that no training makes: `abc` comes before `bc`, so joining `b` and `c` late would miss it."""
+    vocab = {id: bytes([id]) for id in range(256)} | {256: b"aab", 257: b"ab", 258: b"aa", 259: b"baab"}
+    ours, rng = bpe.Tokenizer(vocab, None, ignore_merges=True), random.Random(0)
+    ranks = {token: id for id, token in vocab.items()}
+    for text in ["".join(rng.choices("ab", k=rng.randrange(1, 30))) for _ in range(300)] + ["ab" * 12_000]:
+        expected = encode_by_ranks(text.encode(), ranks) if len(text) < 100 else ours._encode_word(text.encode())
+        assert ours.encode(text) == expected
+        assert ours._encode_texts([text.encode()])[0].tolist() == expected
+
+
+def test_openais_files_are_known_by_their_size(folder, monkeypatch):
+    path = folder / "x.tiktoken"
+    ranks = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    with pytest.raises(ValueError, match="x.tiktoken: 258 ranks, of no vocabulary known here"):
+        bpe.Tokenizer.load(path)
+    monkeypatch.setitem(bpe.TIKTOKEN, 258, ("cl100k", {EOT: 300}))
+    loaded = bpe.Tokenizer.load(path)
+    assert loaded.encode("the" + EOT) == [257, 300] and loaded.pattern == bpe.PATTERNS["cl100k"]
+    assert bpe.TIKTOKEN[100256][1][EOT] == 100257 and bpe.TIKTOKEN[199998][1][EOT] == 199999  # as published
+    for content in (b"dGg 0 1\n", b"!! 0\n", b"dGg= x\n", b"\xff\xfe\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.tiktoken: not a .tiktoken file"):
+            bpe.Tokenizer.load(path)
+
+
+def test_a_folder_keeps_the_chat_template(tokenizer, folder):
+    place = folder / "chat"
+    own = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT])
+    own.chat_template = "{% for message in messages %}{{ message['content'] }}|{% endfor %}"
+    own.save(place)
+    assert sorted(os.listdir(place)) == ["tokenizer.json", "tokenizer_config.json"] and same(bpe.Tokenizer.load(place), own)
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["eos_token"] == EOT
+    config["chat_template"] = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    assert bpe.Tokenizer.load(place).chat_template == "d"
+    (place / "chat_template.jinja").write_text("j")
+    assert bpe.Tokenizer.load(place).chat_template == "j"
+
+
+def test_auto_tokenizer_opens_the_folder_with_equal_ids_and_the_template(tokenizer, folder):
+    transformers = pytest.importorskip("transformers")
+    own, rng = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, [EOT, "<|im_start|>"]), random.Random(2)
+    own.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
+    own.save(folder / "auto")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "auto")
+    for text in [random_text(rng, 30) for _ in range(100)] + [EOT + "the cat<|im_start|>"]:
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+        assert theirs(text)["input_ids"] == own.encode(text) and theirs.decode(own.encode(text)) == text
+    assert theirs.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<|im_start|>a"
+    assert theirs.eos_token_id == own.eot
+
+
+# -- hostile text, and memory
+
+
+HOSTILE = {
+    "dna": "".join(random.Random(0).choices("ACGT", k=300_000)), "one letter": "a" * 300_001, "spaces": " " * 300_000,
+    "spaces and a word": " " * 300_000 + "x", "white space": "".join(random.Random(0).choices(" \n\t\u00a0\u3000", k=60_000)),
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 3000, "every byte": "".join(map(chr, range(256))) * 60,
+    "base64": base64.b64encode(random.Random(0).randbytes(18_000)).decode(), "characters": "字典" * 30_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_encoded_in_seconds_and_exactly(tokenizer, name):
+    text, start = HOSTILE[name], time.time()
+    ids = tokenizer.encode(text, special="text")
+    assert time.time() - start < 20  # each takes less than one; a loop over n * n places would take hours
+    assert tokenizer.decode(ids) == text
+    expected = []
+    for word in regex.findall(bpe.GPT2_PATTERN, text):  # all merges in turn, by the bytes of the tokens
+        tokens = np.frombuffer(word.encode(), np.uint8).astype(np.int64)
+        for new, (a, b) in enumerate(tokenizer.merges, 256):
+            tokens = merge_everywhere(tokens, tokenizer._ids[a], tokenizer._ids[b], new)
+        expected += tokens.tolist()
+    assert ids == expected
+
+
+def merge_everywhere(ids, first, second, new):
+    """One merge over an array of ids, from left to right, as a string replacement."""
+    text = "".join(map(chr, ids.tolist())) if len(ids) < 100 or first in ids else ""
+    return np.array(list(map(ord, text.replace(chr(first) + chr(second), chr(new))))) if text else ids
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_memory_does_not_grow_with_the_file(tokenizer, folder):
+    code = ("import re, sys, bpe; bpe.Tokenizer.load(sys.argv[1]).encode_file(sys.argv[2], sys.argv[3], 1);"
+            "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])")
+    tokenizer.save(folder / "memory.json")
+    line, peaks = sentences(random.Random(0), 2000) + "\n", []
+    for size in (10, 60):
+        (folder / "memory.txt").write_text(line * (size * 1_000_000 // len(line)), encoding="utf-8")
+        arguments = [folder / "memory.json", folder / "memory.txt", folder / "memory.npy"]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=HERE, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1000)
+    (folder / "memory.txt").unlink()
+    assert peaks[1] - peaks[0] < 30  # MB, for 50 MB more of text
+
+
 # -- the command line
 
 
@@ -940,6 +1149,21 @@ def test_mistakes_get_one_line_and_exit_code_2(corpus, tokenizer, folder, capsys
         err = capsys.readouterr().err
         assert err.startswith("bpe.py: ") and told in err and err.count("\n") == 1, (arguments, err)
     assert sorted(os.listdir(place)) == before and same(bpe.Tokenizer.load(ours), tokenizer)
+
+
+def test_bench_compares_with_what_is_installed_and_fuzz_finds_no_difference(corpus, tokenizer, folder, capsys):
+    tokenizer.save(folder / "bench.json")
+    arguments = ["--tokenizer", str(folder / "bench.json")]
+    run = subprocess.run([sys.executable, HERE / "bpe.py", "bench", corpus[0], "--vocab_size", "300", "--repeats", "1", *arguments],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\nbpe.py  ") == 3 and "\n2 worker(s)" in run.stdout and run.stdout.count("equal ids") >= 4
+    if importlib.util.find_spec("tiktoken"):
+        assert run.stdout.count("\ntiktoken ") == 2
+        assert bpe.main(["fuzz", "--count", "700", *arguments]) == 0
+        assert capsys.readouterr().out.count("700 strings, no difference") == len(bpe.PATTERNS)
+    else:
+        assert bpe.main(["fuzz", *arguments]) == 2 and "pip install tiktoken" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_is_answered_with_the_nearest_right_one(capsys):

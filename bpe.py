@@ -47,6 +47,7 @@ import unicodedata
 import zlib
 from collections import Counter, deque
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex
@@ -73,6 +74,7 @@ PATTERNS = {
     "digits": r"""\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+""",
 }
 ENDOFTEXT = "<|endoftext|>"
+END_MARK = ENDOFTEXT.encode()
 BLOCK = 1 << 22  # bytes of text handed to a worker at a time
 GROUP = 1 << 20  # bytes of text that NumPy works on at a time
 
@@ -341,17 +343,17 @@ def cut_places(data, pattern, text_starts=()):
 
 
 def last_cut(data, pattern, special_tokens=()):
-    """The last place where `data` may be cut before a space, and its parts be tokenized apart; 0 when there is none.
+    """The last place where `data` may be cut before white space, and its parts be tokenized apart; 0: there is none.
 
-    Only before a space, which few special tokens have inside: one must not be cut in two. And not in a run of white
-    space, which a special token might end: it would leave no last space to a word.
+    Only before white space, which few special tokens have inside: one must not be cut in two. And not in a run of it,
+    which a special token might end: it would leave no last space to a word.
     """
-    if any(" " in token[1:] for token in special_tokens):
+    if any(map(str.isspace, "".join(token[1:] for token in special_tokens))):
         return 0
     for start in (max(0, len(data) - 4096), max(0, len(data) - 2 * GROUP)):  # most often the last page has one
         for place in (start + cut_places(data[start:], pattern)[::-1]).tolist():
             before = data[max(0, place - 4) : place].decode(errors="ignore")  # a whole character, and more
-            if data[place : place + 1] == b" " and before and not before[-1].isspace():
+            if data[place] in WHITE and before and not before[-1].isspace():
                 return place
     return 0
 
@@ -363,10 +365,14 @@ def groups(texts, pattern):
     """
     group, held = [], 0
     for text in texts:
-        start = 0
-        while len(text) - start > GROUP and (place := last_cut(text[start : start + GROUP], pattern)):
-            yield group + [(text[start : start + place], False)]
-            start, group, held = start + place, [], 0
+        start, size = 0, GROUP
+        while len(text) - start > size:
+            places = cut_places(text[start : start + size], pattern)
+            if len(places) and places[-1]:
+                yield group + [(text[start : start + int(places[-1])], False)]
+                start, size, group, held = start + int(places[-1]), GROUP, [], 0
+            else:
+                size *= 2
         group.append((text[start:], True))
         held += len(text) - start
         if held >= GROUP:
@@ -547,79 +553,99 @@ HASH_1, HASH_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  #
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents from files
+# Documents from files. The files are cut into blocks here, quickly; reading the documents in them is the workers' work
 
 
-def read_documents(path, cut=lambda text: 0):
-    """Yield (text, ends, position) from a .jsonl or text file, possibly .gz. text: UTF-8 bytes; ends: whether a document
-    ends there; position counts the bytes read on disk.
+class Block(NamedTuple):
+    """A piece of a file: whole rows of a .jsonl, or text that begins and ends where it may be cut."""
 
-    cut: where a document of a text file may be cut (0: nowhere), which then comes in parts of which the last has `ends`
-    true: memory does not grow with the file. ValueError or OSError, naming the file, when it is missing, empty or not
-    text.
+    path: str
+    start: int  # in bytes of the content
+    size: int
+    rows_before: int
+    is_last: bool
+    progress: int  # bytes on disk that were read for it
+    content: bytes | None  # None: read it from the file. What is unpacked from a .gz goes to the workers as it is
+
+
+def has_rows(path):
+    """Whether a file is .jsonl: else it is text."""
+    return str(path).lower().removesuffix(".gz").endswith(".jsonl")
+
+
+def read_blocks(paths, cut, size):
+    """Yield the blocks of files, of about `size` bytes. `cut`: where a text may be cut last, 0 for nowhere.
+
+    ValueError or OSError, naming the file, when it is missing, empty or not a whole .gz.
     """
-    name = str(path).lower()
-    with open(path, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else contextlib.nullcontext(raw) as file:
-        texts = read_jsonl(file, path) if name.removesuffix(".gz").endswith(".jsonl") else read_text(file, path, cut)
-        empty = True
-        try:
-            for text, ends in texts:
-                yield text, ends, raw.tell()
-                empty = False
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text (binary, or in another encoding)") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise ValueError(f"{path}: not a whole gzip file") from None
-        if empty:
-            raise ValueError(f"{path}: empty, no documents in it")
-
-
-def read_jsonl(file, path):
-    """Yield (text, True) for each row of a binary .jsonl file."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode())["text"].encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which UTF-8 cannot
-            raise ValueError(f'{path}, line {number}: "text" holds a lone surrogate') from None
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ValueError(f'{path}, line {number}: not a JSON object with a string "text"') from None
-        yield text, True
-
-
-def read_text(file, path, cut):
-    """Yield (text, ends) from a binary file of text in which <|endoftext|> ends a document."""
-    held = b""
-    while block := file.read(GROUP):
-        if b"\0" in block:
-            raise ValueError(f"{path}: binary, it holds a NUL byte")
-        *documents, held = (held + block).split(ENDOFTEXT.encode())
-        for text in documents:
-            text.decode()  # whether it is UTF-8
-            yield text, True
-        if place := cut(held):
-            held[:place].decode()
-            yield held[:place], False
-            held = held[place:]  # at least the space, so that the document's last part is still to come
-    if held:
-        held.decode()
-        yield held, True
-
-
-def read_batches(paths, cut, size=BLOCK):
-    """Yield (parts, progress): about `size` bytes of (text, ends), and how many bytes of the files they took."""
-    parts, held, progress = [], 0, 0
     for path in paths:
-        before = 0
-        for text, ends, position in read_documents(path, cut):
-            parts.append((text, ends))
-            held, progress, before = held + len(text) + 1, progress + position - before, position
-            if held >= size:
-                yield parts, progress
-                parts, held, progress = [], 0, 0
-    if parts:
-        yield parts, progress
+        packed = str(path).lower().endswith(".gz")
+        with open(path, "rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
+            start = rows = before = 0
+            held, empty = b"", True
+            try:
+                while True:
+                    data = file.read(size)
+                    held += data
+                    place = len(held) if not data else held.rfind(b"\n") + 1 if has_rows(path) else text_end(held, cut)
+                    if place:
+                        progress, before = raw.tell() - before, raw.tell()
+                        block, held = held[:place], held[place:]
+                        yield Block(str(path), start, place, rows, not data, progress, block if packed else None)
+                        start, rows = start + place, rows + (block.count(b"\n") if has_rows(path) else 0)
+                        empty = empty and has_rows(path) and not block.strip()
+                    if not data:
+                        break
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                raise ValueError(f"{path}: not a whole gzip file") from None
+            if empty:
+                raise ValueError(f"{path}: empty, no documents in it")
+
+
+def text_end(text, cut):
+    """The last place in a text where a document ends or, after that, `cut` allows it."""
+    end = text.rfind(END_MARK)
+    end = 0 if end < 0 else end + len(END_MARK)
+    return end + cut(text[end:])
+
+
+def documents(block):
+    """The documents in a block: a list of (UTF-8 text, whether the document ends there).
+
+    ValueError that names the file, and the row, when it is not text, or not rows with a text.
+    """
+    content = block.content
+    if content is None:
+        with open(block.path, "rb") as file:
+            file.seek(block.start)
+            content = file.read(block.size)
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{block.path}: not UTF-8 text (binary, or in another encoding)") from None
+    if has_rows(block.path):
+        rows = enumerate(content.split(b"\n"), block.rows_before + 1)
+        return [(row_text(row, f"{block.path}, line {number}"), True) for number, row in rows if row.strip()]
+    if b"\0" in content:
+        raise ValueError(f"{block.path}: binary, it holds a NUL byte")
+    *whole, rest = content.split(END_MARK)
+    return [(text, True) for text in whole] + ([(rest, block.is_last)] if rest else [])
+
+
+def row_text(row, where):
+    """The UTF-8 text of one row of a .jsonl."""
+    try:
+        return json.loads(row)["text"].encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which UTF-8 cannot
+        raise ValueError(f'{where}: "text" holds a lone surrogate') from None
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f'{where}: not a JSON object with a string "text"') from None
+
+
+def texts_of(*paths):
+    """The documents of files, as a list of str."""
+    whole = read_blocks(paths, lambda text: 0, BLOCK)
+    return [text.decode() for block in whole for text, _ in documents(block)]
 
 
 def as_list(paths):
@@ -628,7 +654,7 @@ def as_list(paths):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All cores: the files are read here, and the workers do what takes time
+# All cores
 
 
 def parallel_map(function, items, num_workers=None):
@@ -709,9 +735,9 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
     count = WordCounter(pattern, special_tokens)
     with progress_bar(paths, "counting words") as bar:
         cut = functools.partial(last_cut, pattern=pattern, special_tokens=special_tokens)
-        for (_, progress), counts in parallel_map(count, read_batches(paths, cut, 4 * BLOCK), num_workers):
+        for block, counts in parallel_map(count, read_blocks(paths, cut, 4 * BLOCK), num_workers):
             words.update(counts)
-            bar.update(progress)
+            bar.update(block.progress)
     merges = learn_merges(words, num_merges)
     tokens = [bytes([byte]) for byte in range(256)] + [first + second for first, second in merges]
     vocab = dict(enumerate(tokens + [token.encode() for token in special_tokens]))
@@ -721,17 +747,18 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
 
 
 class WordCounter:
-    """How often each word occurs in a batch of `read_batches`. It remembers words from one batch to the next."""
+    """How often each word occurs in a block. It remembers words from one block to the next."""
 
     def __init__(self, pattern, special_tokens):
         self.chunks = Chunks(pattern)
         self.split_special = compile_special_tokens(special_tokens).split
 
-    def __call__(self, batch):
+    def __call__(self, block):
         if self.chunks.full():
             self.chunks.clear()
-        texts = [part.encode() for text, _ in batch[0] for part in self.split_special(text.decode())[::2]]
-        counts = np.bincount(np.concatenate([self.chunks(group)[0] for group in groups(texts, self.chunks.pattern)]))
+        texts = [part.encode() for text, _ in documents(block) for part in self.split_special(text.decode())[::2]]
+        numbers = [self.chunks(group)[0] for group in groups(texts, self.chunks.pattern)]
+        counts = np.bincount(np.concatenate([*numbers, np.empty(0, np.int32)]))
         met = np.flatnonzero(counts)
         numbers, lengths = self.chunks.words_of_chunk.join(met)
         counts = np.bincount(numbers, np.repeat(counts[met], lengths))
@@ -881,20 +908,28 @@ class Tokenizer:
             header = {"descr": self._dtype().str, "fortran_order": False, "shape": (0,)}
             np.lib.format.write_array_header_1_0(file, header)  # padded: room for the length, known at the end
             start = file.tell()
-            batches = read_batches(paths, functools.partial(last_cut, pattern=self.pattern))
-            for (_, progress), ids in parallel_map(self._encode_batch, batches, num_workers):
-                file.write(ids.tobytes())
-                total += len(ids)
-                bar.update(progress)
+            blocks = read_blocks(paths, functools.partial(last_cut, pattern=self.pattern), BLOCK)
+            # What a worker returns would go through a pipe; a file in between is faster by a quarter.
+            with tempfile.TemporaryDirectory(prefix=f"{Path(out).name}.tmp.", dir=Path(out).parent) as folder:
+                encode = functools.partial(self._encode_block, folder=folder)
+                for block, part in parallel_map(encode, blocks, num_workers):
+                    total += file.write(Path(part).read_bytes()) // self._dtype().itemsize
+                    os.unlink(part)
+                    bar.update(block.progress)
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, header | {"shape": (total,)})
             assert file.tell() == start
         return total
 
-    def _encode_batch(self, batch):
-        ids, starts = self._encode_texts([text for text, _ in batch[0]])
-        ends = [end for end, (_, document_ends) in zip(starts[1:], batch[0]) if document_ends]
-        return np.insert(ids, ends, self.eot).astype(self._dtype())
+    def _encode_block(self, block, folder):
+        """Write the ids of a block to a file of its own, and return its path."""
+        texts = documents(block)
+        ids, starts = self._encode_texts([text for text, _ in texts])
+        ends = [start for start, (_, document_ends) in zip(starts[1:], texts) if document_ends]
+        handle, path = tempfile.mkstemp(dir=folder)
+        with open(handle, "wb") as file:
+            np.insert(ids, ends, self.eot).astype(self._dtype()).tofile(file)
+        return path
 
     def _dtype(self):
         return np.dtype("<u2" if len(self) <= 1 << 16 else "<u4")
@@ -997,22 +1032,25 @@ class BatchEncoder:
         self.ids_of_chunk.extend(ids, before[ends] - before[ends - num_words])
 
     def _encode_words(self, words):
-        """The ids of words, joined, and how many each has. Long words, and those that are tokens themselves when
-        merges are ignored, go one by one; the others are merged together."""
-        known = self.tokenizer._ids if self.tokenizer.ignore_merges else ()
-        alone = {i: self._encode_alone(word) for i, word in enumerate(words) if len(word) > 1000 or word in known}
-        if not alone:
-            return self._merge_words(words)
-        ids, lengths = self._merge_words([word for i, word in enumerate(words) if i not in alone])
-        places = np.array(list(alone)) - np.arange(len(alone))  # among the others
-        counts = np.fromiter(map(len, alone.values()), np.int64, len(alone))
-        before = np.append(0, np.cumsum(lengths))[places]
-        ids = np.insert(ids, np.repeat(before, counts), list(itertools.chain.from_iterable(alone.values())))
-        return ids, np.insert(lengths, places, counts)
+        """The ids of words, joined, and how many each has. Words of a length are merged together, as the longest decides
+        how many rounds it takes. Very long ones, and those that are tokens when merges are ignored, go one by one."""
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        if self.tokenizer.ignore_merges:
+            lengths[[word in self.tokenizer._ids for word in words]] = 1 << 30
+        ids, order = Sequences(), []
+        for low, high in ((0, 12), (12, 24), (24, 1000)):
+            some = np.flatnonzero((lengths > low) & (lengths <= high))
+            ids.extend(*self._merge_words([words[i] for i in some]))
+            order.append(some)
+        order.append(np.flatnonzero(lengths > 1000))
+        alone = [self._encode_alone(words[i]) for i in order[-1]]
+        ids.extend(list(itertools.chain.from_iterable(alone)), np.array(list(map(len, alone)), np.int64))
+        return ids.join(np.argsort(np.concatenate(order)))
 
     def _encode_alone(self, word):
-        enough = len(word) > 20_000 and self.in_order and not (self.tokenizer.ignore_merges and word in self.tokenizer._ids)
-        return self._merge_long_word(word) if enough else self.tokenizer._encode_word(word)
+        if len(word) > 20_000 and self.in_order and not (self.tokenizer.ignore_merges and word in self.tokenizer._ids):
+            return self._merge_long_word(word)
+        return self.tokenizer._encode_word(word)
 
     def _merge_words(self, words):
         """One round merges, in every word, the pair that goes first, until there is none left.
@@ -1345,8 +1383,8 @@ def command_show(args):
     tokenizer = load_tokenizer(args.tokenizer)
     text, note = args.text, ""
     if os.path.isfile(text):
-        with contextlib.closing(read_documents(text, cut=functools.partial(last_cut, pattern=GPT2_PATTERN))) as documents:
-            whole = next(documents)[0].decode()
+        with contextlib.closing(read_blocks([text], functools.partial(last_cut, pattern=GPT2_PATTERN), GROUP)) as blocks:
+            whole = documents(next(blocks))[0][0].decode()
         text = whole[:4000]
         note = f"  (the first {len(text):,} characters of {args.text})" if len(text) < len(whole) else ""
     ids = tokenizer.encode(text, special="text")
@@ -1468,11 +1506,6 @@ ENCODERS = {"tiktoken": tiktoken_encoder, "tokenizers": tokenizers_encoder, "gig
 def installed(names):
     """Those of the names that can be imported."""
     return [name for name in names if importlib.util.find_spec(name)]
-
-
-def texts_of(*paths):
-    """The documents of files, as a list of str."""
-    return [text.decode() for path in paths for text, _, _ in read_documents(path)]
 
 
 def timed(function, *arguments):

@@ -34,7 +34,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import re
 import signal
 import statistics
@@ -391,8 +390,7 @@ class Growing:
     def extend(self, values):
         old, size = len(self.array), len(self.array) + len(values)
         if size > len(self.room):
-            self.room = np.empty(2 * size, self.room.dtype)
-            self.room[:old] = self.array
+            self.room = np.resize(self.room, 2 * size)
         self.room[old:size] = values
         self.array = self.room[:size]
 
@@ -657,12 +655,11 @@ def as_list(paths):
 # All cores
 
 
-def parallel_map(function, items, num_workers=None):
+def parallel_map(function, items, num_workers):
     """Yield (item, function(item)) in the order of `items`, which are fetched only a few ahead of what is asked for.
 
     `function` goes to each worker process once, and may keep a cache there. One worker, or one item, runs right here.
     """
-    num_workers = num_workers or os.cpu_count()
     items = iter(items)
     first = list(itertools.islice(items, 2))
     items = itertools.chain(first, items)
@@ -704,6 +701,11 @@ def run_in_worker(item):
     return worker_function(item)
 
 
+def enough_workers(paths, num_workers):
+    """`num_workers`, or for None all cores, unless the files are so small that starting a process takes longer."""
+    return num_workers or max(1, min(os.cpu_count(), sum(os.stat(path).st_size for path in paths) // (4 * BLOCK)))
+
+
 def progress_bar(paths, description):
     """A bar over the bytes of the files."""
     total = sum(os.stat(path).st_size for path in paths)
@@ -735,7 +737,7 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
     count = WordCounter(pattern, special_tokens)
     with progress_bar(paths, "counting words") as bar:
         cut = functools.partial(last_cut, pattern=pattern, special_tokens=special_tokens)
-        for block, counts in parallel_map(count, read_blocks(paths, cut, 4 * BLOCK), num_workers):
+        for block, counts in parallel_map(count, read_blocks(paths, cut, 4 * BLOCK), enough_workers(paths, num_workers)):
             words.update(counts)
             bar.update(block.progress)
     merges = learn_merges(words, num_merges)
@@ -876,6 +878,12 @@ class Tokenizer:
                      for text in texts]
         return self._fast(texts)
 
+    def encode_batch(self, texts):
+        """The ids of many strings, a list of lists. Special tokens in them are read as text."""
+        ids, starts = self._encode_texts([utf8(text) for text in texts])
+        ids = self._integers[ids].tolist()
+        return [ids[start:end] for start, end in itertools.pairwise(starts)]
+
     def encode_iterable(self, chunks, special="allow"):
         """Yield the ids of the strings in `chunks` (lines of an open file, say) joined, without joining them.
 
@@ -912,7 +920,7 @@ class Tokenizer:
             # What a worker returns would go through a pipe; a file in between is faster by a quarter.
             with tempfile.TemporaryDirectory(prefix=f"{Path(out).name}.tmp.", dir=Path(out).parent) as folder:
                 encode = functools.partial(self._encode_block, folder=folder)
-                for block, part in parallel_map(encode, blocks, num_workers):
+                for block, part in parallel_map(encode, blocks, enough_workers(paths, num_workers)):
                     total += file.write(Path(part).read_bytes()) // self._dtype().itemsize
                     os.unlink(part)
                     bar.update(block.progress)
@@ -1033,9 +1041,11 @@ class BatchEncoder:
 
     def _encode_words(self, words):
         """The ids of words, joined, and how many each has. Words of a length are merged together, as the longest decides
-        how many rounds it takes. Very long ones, and those that are tokens when merges are ignored, go one by one."""
+        how many rounds it takes. Very long ones, few, and those that are tokens when merges are ignored, go one by one."""
         lengths = np.fromiter(map(len, words), np.int64, len(words))
-        if self.tokenizer.ignore_merges:
+        if len(words) < 100:  # too few for NumPy to pay
+            lengths[:] = 1 << 30
+        elif self.tokenizer.ignore_merges:
             lengths[[word in self.tokenizer._ids for word in words]] = 1 << 30
         ids, order = Sequences(), []
         for low, high in ((0, 12), (12, 24), (24, 1000)):
@@ -1412,7 +1422,7 @@ def visible(token):
 def demonstrate(vocab_size=4096):
     """Train on the local corpus and print what a lecture on tokenizers would show."""
     train, held_out = local_corpus()
-    (vocab, merges), seconds = timed(train_bpe, train, vocab_size)
+    vocab, merges = train_bpe(train, vocab_size)
     train_texts, texts = texts_of(train), texts_of(held_out)
     train_size, size = (sum(len(text.encode()) for text in part) for part in (train_texts, texts))
     text, characters = "".join(texts), set().union(*train_texts)
@@ -1436,18 +1446,8 @@ def demonstrate(vocab_size=4096):
     longest = sorted((name for name in names if any(map(str.isalpha, name))), key=len, reverse=True)
     print("\nThe longest tokens with a letter in them:", "  ".join(map(repr, longest[:12])))
 
-    tokenizer = Tokenizer(vocab, merges, [ENDOFTEXT])  # a fresh one, that remembers no words yet
-    ids, encode_seconds = timed(tokenizer.encode, text, "text")
-    print(f"\n{'MB/s':<20}{'training':>9}{'encoding, one thread':>22}{'ids':>7}")
-    print(f"{'bpe.py':<20}{train_size / 1e6 / seconds:>9.1f}{size / 1e6 / encode_seconds:>22.1f}")
-    for name in installed(TRAINERS | ENCODERS):
-        speed = "-" if name not in TRAINERS else f"{train_size / 1e6 / timed(TRAINERS[name], [train], vocab_size)[1]:.1f}"
-        encoding, same = "-", "-"
-        if name in ENCODERS:
-            peer_ids, seconds = timed(ENCODERS[name](tokenizer), text)
-            encoding, same = f"{size / 1e6 / seconds:.1f}", "equal" if list(peer_ids) == ids else "differ"
-        print(f"{name:<20}{speed:>9}{encoding:>22}{same:>7}")
-
+    tokenizer = Tokenizer(vocab, merges, [ENDOFTEXT])
+    compare_speed([train], vocab_size, tokenizer)
     target = LOCAL / "tokenizer.json"
     if target.exists():
         print(f"\n{target} was there already and stays as it is")
@@ -1461,6 +1461,7 @@ def demonstrate(vocab_size=4096):
 
 
 def train_tokenizers(paths, vocab_size):
+    """Hugging Face's trainer."""
     import tokenizers
 
     peer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1471,12 +1472,14 @@ def train_tokenizers(paths, vocab_size):
 
 
 def train_rustbpe(paths, vocab_size):
+    """nanochat's trainer."""
     import rustbpe
 
     rustbpe.Tokenizer().train_from_iterator(iter(texts_of(*paths)), vocab_size, pattern=GPT2_PATTERN)
 
 
 def tiktoken_encoder(tokenizer):
+    """OpenAI's encoder."""
     import tiktoken
 
     ranks = tokenizer._ids
@@ -1486,6 +1489,7 @@ def tiktoken_encoder(tokenizer):
 
 
 def tokenizers_encoder(tokenizer):
+    """Hugging Face's encoder."""
     import tokenizers
 
     peer = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(tokenizer)))
@@ -1494,6 +1498,7 @@ def tokenizers_encoder(tokenizer):
 
 
 def gigatoken_encoder(tokenizer):
+    """The fastest encoder there is: SIMD by hand, in Rust."""
     import gigatoken
 
     return gigatoken.Tokenizer.from_json(json.dumps(to_hugging_face(tokenizer))).encode
@@ -1516,47 +1521,66 @@ def timed(function, *arguments):
 
 
 def command_bench(args):
-    """`bpe.py bench`: speed beside the peers that are installed, each in its turn, several times over."""
-    files = args.files or list(local_corpus())
+    """`bpe.py bench`: speed beside the peers that are installed."""
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    compare_speed(args.files or [local_corpus()[0]], args.vocab_size, tokenizer, args.repeats, args.only)
+
+
+def compare_speed(files, vocab_size, tokenizer=None, repeats=1, only=None):
+    """Print tables of training, encoding and encode_file: medians of some rounds in which all contenders take turns.
+
+    tokenizer: the one to encode with; None: the one trained. only: one of the three; None: all.
+    """
     texts = texts_of(*files)
     text, size = "".join(texts), sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{size:.1f} MB in {len(texts):,} documents; medians of {args.repeats} rounds in which all take turns")
+    print(f"\nSpeed on {size:.1f} MB in {len(texts):,} documents, median of {repeats} round(s)")
 
     def table(title, contenders):
         """contenders: functions that give their seconds, and something to say of them."""
-        rounds = [{name: measure() for name, measure in contenders.items()} for _ in range(args.repeats)]
+        rounds = [{name: measure() for name, measure in contenders.items()} for _ in range(repeats)]
         print(f"\n{title:<32}{'seconds':>9}{'MB/s':>8}{'speed against the first':>25}")
         for name, (_, note) in rounds[-1].items():
             seconds = statistics.median(taken[name][0] for taken in rounds)
             ratio = statistics.median(taken[next(iter(taken))][0] / taken[name][0] for taken in rounds)
             print(f"{name:<32}{seconds:>9.2f}{size / seconds:>8.1f}{ratio:>25.2f}   {note}", flush=True)
 
-    trainers = {"bpe.py": train_bpe} | {name: TRAINERS[name] for name in installed(TRAINERS)}
-    table(f"training, {args.vocab_size:,} tokens", {
-        name: functools.partial(in_child, train, files, args.vocab_size) for name, train in trainers.items()})
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    else:
-        vocab, merges = train_bpe(files, args.vocab_size)
+    if only in (None, "training"):
+        trainers = {"bpe.py": train_bpe} | {name: TRAINERS[name] for name in installed(TRAINERS)}
+        table(f"training, {vocab_size:,} tokens",
+              {name: functools.partial(in_child, train, files, vocab_size) for name, train in trainers.items()})
+    if only == "training":
+        return
+    if tokenizer is None:
+        vocab, merges = train_bpe(files, vocab_size)
         tokenizer = Tokenizer(vocab, merges, [ENDOFTEXT])
     unused = copy.deepcopy(tokenizer)
     encoders = {name: ENCODERS[name](tokenizer) for name in installed(ENCODERS)}
     for title, parts in (("encoding, as one text", [text]), ("encoding, a document at a time", texts)):
+        if only == "encode_file":
+            break
         expected = [tokenizer.encode(part, "text") for part in parts]
 
-        def encoding(encoder):
-            ids, seconds = timed(lambda encode: [encode(part) for part in parts], encoder())
-            return seconds, "equal ids" if list(map(list, ids)) == expected else "OTHER IDS"
+        def encoding(encode_all):
+            def measure():
+                ids, seconds = timed(encode_all())
+                return seconds, "equal ids" if list(map(list, ids)) == expected else "OTHER IDS"
+            return measure
 
-        table(title, {
-            "bpe.py": functools.partial(encoding, lambda: functools.partial(copy.deepcopy(unused).encode, special="text")),
-            "bpe.py, that knows the words": functools.partial(
-                encoding, lambda: functools.partial(tokenizer.encode, special="text")),
-        } | {name: functools.partial(encoding, lambda name=name: encoders[name]) for name in encoders})
-    with tempfile.TemporaryDirectory() as folder:
-        table("encode_file", {
-            f"{workers} worker(s)": functools.partial(in_child, unused.encode_file, files, f"{folder}/tokens.npy", workers)
-            for workers in sorted({1, 2, os.cpu_count()})})
+        def one_by_one(encode, *arguments):
+            return lambda: [encode(part, *arguments) for part in parts]
+
+        contenders = {"bpe.py": encoding(lambda: one_by_one(copy.deepcopy(unused).encode, "text")),
+                      "bpe.py, that knows the words": encoding(lambda: one_by_one(tokenizer.encode, "text"))}
+        if len(parts) > 1:
+            contenders["bpe.py, encode_batch"] = encoding(
+                lambda: functools.partial(copy.deepcopy(unused).encode_batch, parts))
+        table(title, contenders | {
+            name: encoding(functools.partial(one_by_one, encode)) for name, encode in encoders.items()})
+    if only in (None, "encode_file"):
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/tokens.npy"
+            table("encode_file", {f"{workers} worker(s)": functools.partial(in_child, unused.encode_file, files, out, workers)
+                                  for workers in sorted({1, 2, os.cpu_count()})})
 
 
 def in_child(function, *arguments):
@@ -1566,43 +1590,15 @@ def in_child(function, *arguments):
 
 
 def measured(function, *arguments):
+    """What `in_child` tells, from inside."""
     import resource  # not on Windows
 
     _, seconds = timed(function, *arguments)
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = (own + os.cpu_count() * child) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
+    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if sys.platform == "linux":  # there, a process begins with the peak of the one that started it
+        own = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    peak = (own + os.cpu_count() * worker) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
     return seconds, f"at most {peak:,.0f} MB"
-
-
-def command_fuzz(args):
-    """`bpe.py fuzz`: the ids of random strings by both ways of encoding and by tiktoken, for every pattern."""
-    if not installed(["tiktoken"]):
-        raise ValueError("fuzz compares with tiktoken: pip install tiktoken")
-    trained = load_tokenizer(args.tokenizer)
-    for name, pattern in PATTERNS.items():
-        tokenizer = Tokenizer(trained.vocab, trained.merges, trained.special_tokens, pattern)
-        peer, rng = tiktoken_encoder(tokenizer), random.Random(args.seed)
-        for start in tqdm(range(0, args.count, 1000), desc=name, disable=None, leave=False):
-            texts = [random_text(rng, rng.randrange(1, 60)) for _ in range(min(1000, args.count - start))]
-            ids, starts = tokenizer._encode_texts([text.encode() for text in texts])
-            for text, begin, end in zip(texts, starts, starts[1:]):
-                results = ids[begin:end].tolist(), tokenizer.encode(text, "text"), peer(text)
-                if not results[0] == results[1] == results[2]:
-                    raise ValueError(f"{name}: {text!r} is {results[0]} many at a time, {results[1]} one at a time, and "
-                                     f"{results[2]} by tiktoken")
-        print(f"{name:<10}{args.count:,} strings, no difference", flush=True)
-
-
-def random_text(rng, length):
-    """Text of every kind that a tokenizer meets: many scripts, spaces, controls, emoji, and runs of one character."""
-    kinds = [
-        lambda: rng.choice("abcdefghijklmnopqrstuvwxyzABC"), lambda: rng.choice("  \n\t\r\u00a0\u2003\u3000\x85\x1c"),
-        lambda: rng.choice("0123456789²½٣"), lambda: rng.choice(".,;:!?'\"()[]{}<>|_-+=*&^%$#@~`/\\"),
-        lambda: rng.choice(["'s", "'ll", "'T", " the", "ing", ENDOFTEXT, "<|", "👩‍👩‍👧", "🇨🇭", "é", "e\u0301"]),
-        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
-        lambda: rng.choice("aé字 \n") * rng.randrange(1, 30),
-    ]
-    return "".join(rng.choice(kinds)() for _ in range(length))
 
 
 def local_corpus():
@@ -1669,7 +1665,7 @@ def parse_args(argv):
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = Parser(prog="bpe.py", description="Byte-level BPE. Without a command: train on the local corpus, and show "
                                                "what came of it.", **style)
-    commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show,bench,fuzz}")
+    commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show,bench}")
     tokenizer_help = "tokenizer.json, or a folder with one, or with GPT-2's vocab.json and merges.txt, or a .tiktoken file"
     files_help = ".jsonl or text, .gz of either"
 
@@ -1677,7 +1673,7 @@ def parse_args(argv):
         return commands.add_parser(name, help=description, description=description, **style)
 
     def add_workers(command):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the work")
+        command.add_argument("--workers", type=int, help="processes that share the work; None: all cores for large files")
 
     train = add("train", "Learn a tokenizer from files.")
     train.add_argument("files", nargs="+", help=files_help)
@@ -1702,11 +1698,8 @@ def parse_args(argv):
     bench.add_argument("files", nargs="*", help=f"{files_help}; none: the local corpus")
     bench.add_argument("--vocab_size", type=int, default=4096, help="tokens to train")
     bench.add_argument("--tokenizer", help=f"{tokenizer_help}, to encode with; None: the one trained")
+    bench.add_argument("--only", choices=("training", "encoding", "encode_file"), help="one of the tables; None: all")
     bench.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians are printed")
-    fuzz = add("fuzz", "Compare the ids of random strings with tiktoken's, for every pattern.")
-    fuzz.add_argument("--tokenizer", default=str(LOCAL / "tokenizer.json"), help=tokenizer_help)
-    fuzz.add_argument("--count", type=int, default=100_000, help="strings for each pattern")
-    fuzz.add_argument("--seed", type=int, default=0, help="other seeds, other strings")
     return parser.parse_args(argv)
 
 
@@ -1714,7 +1707,7 @@ def main(argv=None):
     """The command line; returns the exit code."""
     args = parse_args(argv)
     commands = {"train": command_train, "encode": command_encode, "decode": command_decode, "show": command_show,
-                "bench": command_bench, "fuzz": command_fuzz}
+                "bench": command_bench}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
     try:
         commands[args.command](args) if args.command else demonstrate()

@@ -54,8 +54,9 @@ from tqdm import tqdm
 
 # How text is cut into words. GPT-2's pattern, as published: contractions; letters, digits or symbols with at most one
 # space before them; white space, which leaves its last character to the word that follows. The later ones take any
-# symbol before letters, at most three digits (Qwen: one), and line ends after symbols. tiktoken ships cl100k's in a form
-# that differs from Llama 3's at the end of a text only (`\s++$`); o200k's also cuts where small letters turn capital.
+# symbol before letters, at most three digits (Qwen: one), and line ends after symbols. tiktoken ships cl100k's in a
+# form that differs from Llama 3's at the end of a text only (`\s++$`); o200k's also cuts where small letters turn
+# capital.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
@@ -136,9 +137,9 @@ def learn_merges(words, num_merges):
     it fast. A merge visits only the places where its pair stands. There, only the pairs to the left and right change
     their counts. And NumPy does that for all places of a pair at once.
 
-    The books are simple, because a new pair holds the new token, so it was never seen before. Its count is known in full
-    when it is made, and falls from then on. Its places are known in full, too, and are kept in ascending order as one
-    slice of an array; a place where another merge took the pair away has another number in `pair_at` by then.
+    The books are simple, because a new pair holds the new token, so it was never seen before. Its count is known in
+    full when it is made, and falls from then on. Its places are known in full, too, and are kept in ascending order as
+    one slice of an array; a place where another merge took the pair away has another number in `pair_at` by then.
     Equally frequent pairs: the lexicographically greater pair of byte strings goes first.
     """
     tokens = [bytes([byte]) for byte in range(256)]
@@ -157,16 +158,17 @@ def learn_merges(words, num_merges):
     del texts
 
     # Pair p: its newer token, the other one (plus RIGHT, if it stands on the right), its count, its slice of `places`.
-    # Pair 0 stands for none. A merge empties a place and makes at most two new pairs, so these are large enough; what is
-    # not used costs no memory.
+    # Pair 0 stands for none. A merge empties a place and makes at most two new pairs, so these are large enough; what
+    # is not used costs no memory.
     RIGHT = END + 1
-    newer, other = (np.zeros(1 << 16 | 2 * size, np.int32) for _ in range(2))
+    newer, other = (np.zeros(3 * size + 2, np.int32) for _ in range(2))
     count, begin, end = (np.zeros(len(newer), np.int64) for _ in range(3))
     places, pair_at = np.empty(3 * size, np.int32), np.zeros(size, np.int32)
     num_pairs, num_places = 1, 0
 
     def add_pairs(names, at):
-        """Number the new pairs that stand `at` these places -> (their numbers as a slice, the name of each)."""
+        """Number the new pairs that stand `at` these places; equal `names` are one pair -> (their numbers, as a slice;
+        the name of each)."""
         nonlocal num_pairs, num_places
         both = np.sort(names.astype(np.int64) << 32 | at)  # so the places of each pair ascend
         names, at = both >> 32, both & 0xFFFFFFFF
@@ -223,7 +225,7 @@ def learn_merges(words, num_merges):
             before = left[at[differs_from_left(at, after)]]  # unless a place just merged stands there
             here, of_here = np.concatenate((before, taken)), np.concatenate((before, at))
             np.subtract.at(count, pair_at[here], frequency[here])
-            count[0] = count[pair] = 0
+            count[0] = count[pair] = 0  # 0: what stood beside an END was counted off there
             ids[at], right[at], left[after] = new, after, at
             pair_at[of_here] = pair_at[taken] = 0
             names = np.concatenate((ids[before], ids[after] + RIGHT))
@@ -244,7 +246,7 @@ def differs_from_left(values, others=None):
 
 
 def every_other_of_runs(places, right):
-    """Of the places of a pair, those where it is merged: in a run like `a a a` two overlap, and the left one goes first."""
+    """Of the places of a pair, those where it is merged: in a run like `a a a` two overlap, and the left goes first."""
     index = np.arange(len(places))
     run_start = np.maximum.accumulate(np.where(differs_from_left(places, right[places]), index, 0))
     return places[(index - run_start) % 2 == 0]
@@ -425,8 +427,8 @@ class Chunks:
 
     A chunk of up to 15 bytes is two 64-bit integers, the second with its length, so that NumPy looks up all chunks of a
     group in a hash table at once: Fibonacci hashing and linear probing (Knuth, The Art of Computer Programming, 6.4).
-    Keys are compared in full, so the numbers are exact. Longer chunks, few in most texts, go through a dict. The pattern
-    sees only those that were not met before.
+    Keys are compared in full, so the numbers are exact. Longer chunks, few in most texts, go through a dict. The
+    pattern sees only those that were not met before.
     """
 
     def __init__(self, pattern):
@@ -490,7 +492,7 @@ class Chunks:
         return numbers
 
     def _look_up(self, low, high):
-        """The numbers of chunks by their keys, and which of them are new: the first of each, in the order of numbers."""
+        """The numbers of chunks by their keys; and where those are that were new, in the order of numbers."""
         if 2 * (len(self.keys[0].array) + len(low)) > len(self.slots):
             self._make_room(len(low))
         slot, new = self._slot(low, high), []
@@ -547,7 +549,8 @@ class Chunks:
 
 
 MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of eight
-HASH_1, HASH_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # 2**64 over the golden ratio; any odd one
+HASH_1 = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+HASH_2 = np.uint64(0xD1B54A32D192ED03)  # any other odd number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,7 +566,7 @@ class Block(NamedTuple):
     rows_before: int
     is_last: bool
     progress: int  # bytes on disk that were read for it
-    content: bytes | None  # None: read it from the file. What is unpacked from a .gz goes to the workers as it is
+    content: bytes | None  # None: it is quicker to read it from the file again than to send it to a worker
 
 
 def has_rows(path):
@@ -578,6 +581,7 @@ def read_blocks(paths, cut, size):
     """
     for path in paths:
         packed = str(path).lower().endswith(".gz")
+        pass_on = packed or not os.path.isfile(path)  # what comes from a pipe can be read only once, too
         with open(path, "rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
             start = rows = before = 0
             held, empty = b"", True
@@ -589,7 +593,7 @@ def read_blocks(paths, cut, size):
                     if place:
                         progress, before = raw.tell() - before, raw.tell()
                         block, held = held[:place], held[place:]
-                        yield Block(str(path), start, place, rows, not data, progress, block if packed else None)
+                        yield Block(str(path), start, place, rows, not data, progress, block if pass_on else None)
                         start, rows = start + place, rows + (block.count(b"\n") if has_rows(path) else 0)
                         empty = empty and has_rows(path) and not block.strip()
                     if not data:
@@ -677,6 +681,8 @@ def parallel_map(function, items, num_workers):
                 yield item, future.result()
         for item, future in waiting:
             yield item, future.result()
+    except concurrent.futures.BrokenExecutor:
+        raise ValueError("a worker process was killed, perhaps for want of memory; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -737,7 +743,8 @@ def train_bpe(paths, vocab_size, special_tokens=(ENDOFTEXT,), pattern=GPT2_PATTE
     count = WordCounter(pattern, special_tokens)
     with progress_bar(paths, "counting words") as bar:
         cut = functools.partial(last_cut, pattern=pattern, special_tokens=special_tokens)
-        for block, counts in parallel_map(count, read_blocks(paths, cut, 4 * BLOCK), enough_workers(paths, num_workers)):
+        blocks = read_blocks(paths, cut, 4 * BLOCK)
+        for block, counts in parallel_map(count, blocks, enough_workers(paths, num_workers)):
             words.update(counts)
             bar.update(block.progress)
     merges = learn_merges(words, num_merges)
@@ -775,7 +782,7 @@ class WordCounter:
 class Tokenizer:
     """A vocabulary (dict from id to bytes) and a list of merges (pairs of bytes, the first learned first), put to work.
 
-    merges: None for a vocabulary that came without: any two tokens that make a third may be merged, the lowest id first.
+    merges: None for a vocabulary that came without: any two tokens that make a third may be merged, lowest id first.
     special_tokens: names (one that the vocabulary lacks gets the next free id), or a dict from name to id.
     ignore_merges: a word that is in the vocabulary is that token, whatever the merges would make of it (Llama 3).
     normalizer: None, or the Unicode form ("NFC": Qwen) that a text is brought to first.
@@ -911,7 +918,7 @@ class Tokenizer:
         paths = as_list(paths)
         if self.eot is None:
             raise ValueError(f"the tokenizer has no {ENDOFTEXT} to put between documents")
-        total = 0
+        total, self._fast = 0, self._fast or BatchEncoder(self)  # here, for the workers to share
         with replacing(out) as file, progress_bar(paths, "encoding") as bar:
             header = {"descr": self._dtype().str, "fortran_order": False, "shape": (0,)}
             np.lib.format.write_array_header_1_0(file, header)  # padded: room for the length, known at the end
@@ -920,10 +927,11 @@ class Tokenizer:
             # What a worker returns would go through a pipe; a file in between is faster by a quarter.
             with tempfile.TemporaryDirectory(prefix=f"{Path(out).name}.tmp.", dir=Path(out).parent) as folder:
                 encode = functools.partial(self._encode_block, folder=folder)
-                for block, part in parallel_map(encode, blocks, enough_workers(paths, num_workers)):
-                    total += file.write(Path(part).read_bytes()) // self._dtype().itemsize
-                    os.unlink(part)
-                    bar.update(block.progress)
+                with contextlib.closing(parallel_map(encode, blocks, enough_workers(paths, num_workers))) as results:
+                    for block, part in results:
+                        total += file.write(Path(part).read_bytes()) // self._dtype().itemsize
+                        os.unlink(part)
+                        bar.update(block.progress)
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, header | {"shape": (total,)})
             assert file.tell() == start
@@ -1040,8 +1048,9 @@ class BatchEncoder:
         self.ids_of_chunk.extend(ids, before[ends] - before[ends - num_words])
 
     def _encode_words(self, words):
-        """The ids of words, joined, and how many each has. Words of a length are merged together, as the longest decides
-        how many rounds it takes. Very long ones, few, and those that are tokens when merges are ignored, go one by one."""
+        """The ids of words, joined, and how many each has. Words of a length are merged together, as the longest
+        decides how many rounds it takes. Very long words, few words, and words that are tokens where merges are ignored
+        go one by one."""
         lengths = np.fromiter(map(len, words), np.int64, len(words))
         if len(words) < 100:  # too few for NumPy to pay
             lengths[:] = 1 << 30
@@ -1121,7 +1130,8 @@ class BatchEncoder:
             after = right[taken]
             ids[at], right[at], left[after] = self.merged[rank], after, at
             ids[taken], first[taken], first[at], first[left[at]] = -1, NEVER, NEVER, NEVER
-            wait(np.concatenate((self._wanted(ids[at], ids[after], at), self._wanted(ids[left[at]], ids[at], left[at]))))
+            before = left[at]
+            wait(np.concatenate((self._wanted(ids[at], ids[after], at), self._wanted(ids[before], ids[at], before))))
         return ids[ids >= 0].tolist()
 
     def _wanted(self, left, right, place):
@@ -1139,7 +1149,7 @@ def utf8(text):
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds a lone surrogate at character {error.start:,}: it has no UTF-8 bytes") from None
+        raise ValueError(f"the text holds a lone surrogate, at character {error.start:,}; UTF-8 has none") from None
 
 
 def merges_of_ranks(ids):
@@ -1219,7 +1229,8 @@ def to_hugging_face(tokenizer):
         "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": tokenizer.ignore_merges,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": tokenizer.ignore_merges,
                   "vocab": vocab, "merges": [f"{spell(first)} {spell(second)}" for first, second in tokenizer.merges]},
     }
 
@@ -1277,7 +1288,8 @@ def from_hugging_face(data, path, pattern=None):
         raise ValueError(f"{path}: model.vocab or model.merges is not byte-level BPE ({error})") from None
     vocab |= {id: token.encode() for token, id in special_tokens.items()}
     try:
-        return Tokenizer(vocab, merges, special_tokens, pattern or own, bool(model.get("ignore_merges")), normalizer["type"])
+        ignore_merges = bool(model.get("ignore_merges"))
+        return Tokenizer(vocab, merges, special_tokens, pattern or own, ignore_merges, normalizer["type"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -1308,11 +1320,11 @@ def from_tiktoken(path, pattern=None):
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
         vocab = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
     except ValueError:
-        raise ValueError(f"{path}: not a .tiktoken file, which has a token in base64 and its rank on each line") from None
+        raise ValueError(f"{path}: not a .tiktoken file: a token in base64 and its rank on each line") from None
     name, special_tokens = TIKTOKEN.get(len(vocab), (None, ()))
     if pattern is None and name is None:
-        raise ValueError(f"{path}: {len(vocab):,} ranks, of no vocabulary known here, and the file does not say how text is "
-                         f"cut into words; load it with pattern=bpe.PATTERNS[...], one of {', '.join(PATTERNS)}")
+        raise ValueError(f"{path}: {len(vocab):,} ranks, of no vocabulary known here, and the file does not say how "
+                         f"text is cut into words; load it with pattern=bpe.PATTERNS[...], one of {', '.join(PATTERNS)}")
     try:
         return Tokenizer(vocab, None, special_tokens, pattern or PATTERNS[name], ignore_merges=True)
     except ValueError as error:
@@ -1381,7 +1393,6 @@ def command_decode(args):
         except ValueError:
             raise ValueError(f"{' '.join(args.ids)[:80]}: neither a .npy file nor token ids") from None
     ids = ids[: args.limit]
-    quiet_when_piped()
     for start in range(0, len(ids), BLOCK):
         sys.stdout.buffer.write(tokenizer.decode_bytes(ids[start : start + BLOCK]))
     if sys.stdout.isatty():
@@ -1393,13 +1404,13 @@ def command_show(args):
     tokenizer = load_tokenizer(args.tokenizer)
     text, note = args.text, ""
     if os.path.isfile(text):
-        with contextlib.closing(read_blocks([text], functools.partial(last_cut, pattern=GPT2_PATTERN), GROUP)) as blocks:
+        cut = functools.partial(last_cut, pattern=GPT2_PATTERN)
+        with contextlib.closing(read_blocks([text], cut, GROUP)) as blocks:
             whole = documents(next(blocks))[0][0].decode()
         text = whole[:4000]
         note = f"  (the first {len(text):,} characters of {args.text})" if len(text) < len(whole) else ""
     ids = tokenizer.encode(text, special="text")
     size = len(text.encode())
-    quiet_when_piped()
     sys.stdout.reconfigure(errors="backslashreplace")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(coloured(tokenizer, ids) if colour else "│".join(visible(tokenizer.vocab[id]) for id in ids))
@@ -1579,26 +1590,42 @@ def compare_speed(files, vocab_size, tokenizer=None, repeats=1, only=None):
     if only in (None, "encode_file"):
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/tokens.npy"
-            table("encode_file", {f"{workers} worker(s)": functools.partial(in_child, unused.encode_file, files, out, workers)
-                                  for workers in sorted({1, 2, os.cpu_count()})})
+            table("encode_file", {
+                f"{workers} worker(s)": functools.partial(in_child, unused.encode_file, files, out, workers)
+                for workers in sorted({1, 2, os.cpu_count()})})
 
 
 def in_child(function, *arguments):
-    """The seconds that a call takes in a process of its own, and how much memory it needs at most."""
+    """The seconds that a call takes in a process of its own, and the memory that it and its workers take at most."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measured, function, *arguments).result()
+        return pool.submit(measured, multiprocessing.get_start_method(), function, *arguments).result()
 
 
-def measured(function, *arguments):
-    """What `in_child` tells, from inside."""
-    import resource  # not on Windows
+def measured(start_method, function, *arguments):
+    """What `in_child` tells, from inside: a thread looks at the memory twenty times a second."""
+    multiprocessing.set_start_method(start_method, force=True)  # of its own workers; else that of `in_child`
+    done, peak = threading.Event(), 0
 
+    def watch():
+        nonlocal peak
+        while not done.wait(0.05):
+            with contextlib.suppress(OSError):  # a worker has just ended; or not on Linux
+                peak = max(peak, memory_of())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
     _, seconds = timed(function, *arguments)
-    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    if sys.platform == "linux":  # there, a process begins with the peak of the one that started it
-        own = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    peak = (own + os.cpu_count() * worker) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
-    return seconds, f"at most {peak:,.0f} MB"
+    done.set()
+    thread.join()
+    return seconds, f"{peak / 1e6:,.0f} MB" if peak else ""
+
+
+def memory_of(process="self"):
+    """The bytes of memory of a process and its children, pages that they share counted once (Linux)."""
+    folder = Path("/proc", process)
+    own = int(re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M)[1]) * 1024
+    children = itertools.chain.from_iterable(path.read_text().split() for path in folder.glob("task/*/children"))
+    return own + sum(map(memory_of, children))
 
 
 def local_corpus():
@@ -1637,12 +1664,6 @@ def text_bytes(tokenizer, ids):
     return sum(int(lengths[ids[start : start + BLOCK]].sum()) for start in range(0, len(ids), BLOCK))
 
 
-def quiet_when_piped():
-    """Have `| head` end this process without a traceback."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` then ends this process, as it ends any other
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, except that --a-b equals --a_b and a wrong flag is answered with the nearest right one."""
 
@@ -1666,21 +1687,21 @@ def parse_args(argv):
     parser = Parser(prog="bpe.py", description="Byte-level BPE. Without a command: train on the local corpus, and show "
                                                "what came of it.", **style)
     commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show,bench}")
-    tokenizer_help = "tokenizer.json, or a folder with one, or with GPT-2's vocab.json and merges.txt, or a .tiktoken file"
+    tokenizer_help = "tokenizer.json, a folder with one or with GPT-2's vocab.json and merges.txt, or a .tiktoken file"
     files_help = ".jsonl or text, .gz of either"
 
     def add(name, description):
         return commands.add_parser(name, help=description, description=description, **style)
 
     def add_workers(command):
-        command.add_argument("--workers", type=int, help="processes that share the work; None: all cores for large files")
+        command.add_argument("--workers", type=int, help="processes; None: all cores for large files")
 
     train = add("train", "Learn a tokenizer from files.")
     train.add_argument("files", nargs="+", help=files_help)
     train.add_argument("--vocab_size", type=int, default=4096, help="tokens in all: 256 bytes, merges, special tokens")
     train.add_argument("--out", default="tokenizer.json", help="the file to write")
     train.add_argument("--special_tokens", nargs="*", default=[ENDOFTEXT], help="never split; take the last ids")
-    train.add_argument("--pattern", default="gpt2", help=f"how text is cut into words: {', '.join(PATTERNS)}, or a regex")
+    train.add_argument("--pattern", default="gpt2", help=f"cuts text into words: {', '.join(PATTERNS)}, or a regex")
     add_workers(train)
     encode = add("encode", "Write the tokens of each file as FOLDER/<name>.npy, and the tokenizer.json beside them.")
     encode.add_argument("files", nargs="+", help=files_help)
@@ -1714,6 +1735,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("bpe.py: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails, too
+        return 141
     except (ValueError, OSError) as error:
         told = getattr(error, "strerror", None) or str(error)
         print(f"bpe.py: {told}" + (f": {error.filename}" if getattr(error, "filename", None) else ""), file=sys.stderr)

@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -821,6 +822,38 @@ def test_files_that_hold_no_documents_are_named(folder, name, content, told):
     with pytest.raises(ValueError, match=told) as error:
         bpe.train_bpe(folder / name, 300)
     assert "\n" not in str(error.value)
+
+
+def test_the_rows_of_a_large_file_are_numbered_whoever_reads_them(folder, monkeypatch):
+    rows = [json.dumps({"text": f"row {number}"}) for number in range(1, 400)] + ["[]"]
+    (folder / "rows.jsonl").write_text("\r\n".join(rows) + "\n")
+    small_blocks(monkeypatch, 300)
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="rows.jsonl, line 400: not a JSON object"):
+            bpe.train_bpe(folder / "rows.jsonl", 300, num_workers=workers)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_is_read_once(tokenizer, folder, monkeypatch):
+    text = sentences(random.Random(0), 3000)
+    os.mkfifo(folder / "pipe.txt")
+    small_blocks(monkeypatch, 1000)
+    writer = threading.Thread(target=(folder / "pipe.txt").write_text, args=(text,))
+    writer.start()
+    tokenizer.encode_file(folder / "pipe.txt", folder / "pipe.npy", 2)
+    writer.join()
+    assert np.load(folder / "pipe.npy").tolist() == slow_encode(text, tokenizer.merges) + [tokenizer.eot]
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line(folder, monkeypatch):
+    (folder / "long.txt").write_text("a b " * 5000)
+    small_blocks(monkeypatch, 1000)
+    monkeypatch.setattr(bpe.Tokenizer, "_encode_texts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    before = sorted(os.listdir(folder))
+    ours = bpe.Tokenizer(*bpe.train_bpe(folder / "long.txt", 257, num_workers=1), [EOT])
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        ours.encode_file(folder / "long.txt", folder / "long.npy", 2)
+    assert sorted(os.listdir(folder)) == before
 
 
 # -- the Hugging Face format, and other people's tokenizers

@@ -581,7 +581,7 @@ def read_blocks(paths, cut, size):
     """
     for path in paths:
         packed = str(path).lower().endswith(".gz")
-        pass_on = packed or not os.path.isfile(path)  # what comes from a pipe can be read only once, too
+        is_file = os.path.isfile(path)  # and not a pipe, which can be read only once
         with open(path, "rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
             start = rows = before = 0
             held, empty = b"", True
@@ -591,9 +591,10 @@ def read_blocks(paths, cut, size):
                     held += data
                     place = len(held) if not data else held.rfind(b"\n") + 1 if has_rows(path) else text_end(held, cut)
                     if place:
-                        progress, before = raw.tell() - before, raw.tell()
+                        position = raw.tell() if packed and is_file else start + place
+                        progress, before = position - before, position
                         block, held = held[:place], held[place:]
-                        yield Block(str(path), start, place, rows, not data, progress, block if pass_on else None)
+                        yield Block(str(path), start, place, rows, not data, progress, block if packed or not is_file else None)
                         start, rows = start + place, rows + (block.count(b"\n") if has_rows(path) else 0)
                         empty = empty and has_rows(path) and not block.strip()
                     if not data:
@@ -1149,7 +1150,7 @@ def utf8(text):
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds a lone surrogate, at character {error.start:,}; UTF-8 has none") from None
+        raise ValueError(f"the text holds a lone surrogate at character {error.start:,}; UTF-8 has none") from None
 
 
 def merges_of_ranks(ids):

@@ -488,7 +488,8 @@ class Chunks:
             numbers[i] = number
         for key in self.keys:
             key.extend(np.zeros(known - len(key.array), np.uint64))
-        self._add_words(new_chunks)
+        if new_chunks:
+            self._add_words(new_chunks)
         return numbers
 
     def _look_up(self, low, high):
@@ -831,7 +832,8 @@ class Tokenizer:
             raise ValueError(f'the text holds the special token {parts[1]!r}; special="text" reads it as plain text')
         if len(text) > 2000:  # below, the many small steps of NumPy cost more than they save
             ids, starts = self._encode_texts([utf8(part) for part in parts[::2]])
-            ids = np.insert(ids, starts[1:-1], [self.special_tokens[part] for part in parts[1::2]])
+            if len(parts) > 1:
+                ids = np.insert(ids, starts[1:-1], [self.special_tokens[part] for part in parts[1::2]])
             return self._integers[ids].tolist()  # twice as fast as making an int for each
         ids = []
         for i, part in enumerate(parts):
@@ -1040,6 +1042,8 @@ class BatchEncoder:
 
     def _add_chunks(self):
         """Store the ids of the words, and of the chunks, that were not met before."""
+        if len(self.ids_of_chunk) == len(self.chunks):
+            return
         new = len(self.chunks.words) - len(self.ids_of_word)
         words = [word.encode() for word in itertools.islice(reversed(self.chunks.words), new)]
         self.ids_of_word.extend(*self._encode_words(words[::-1]))
@@ -1053,16 +1057,15 @@ class BatchEncoder:
         decides how many rounds it takes. Very long words, few words, and words that are tokens where merges are ignored
         go one by one."""
         lengths = np.fromiter(map(len, words), np.int64, len(words))
-        if len(words) < 100:  # too few for NumPy to pay
-            lengths[:] = 1 << 30
-        elif self.tokenizer.ignore_merges:
+        if self.tokenizer.ignore_merges:
             lengths[[word in self.tokenizer._ids for word in words]] = 1 << 30
         ids, order = Sequences(), []
-        for low, high in ((0, 12), (12, 24), (24, 1000)):
+        for low, high in ((0, 12), (12, 24), (24, 1000)) if len(words) > 100 else ():
             some = np.flatnonzero((lengths > low) & (lengths <= high))
             ids.extend(*self._merge_words([words[i] for i in some]))
             order.append(some)
-        order.append(np.flatnonzero(lengths > 1000))
+            lengths[some] = 0
+        order.append(np.flatnonzero(lengths))
         alone = [self._encode_alone(words[i]) for i in order[-1]]
         ids.extend(list(itertools.chain.from_iterable(alone)), np.array(list(map(len, alone)), np.int64))
         return ids.join(np.argsort(np.concatenate(order)))
@@ -1615,9 +1618,11 @@ def measured(start_method, function, *arguments):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    _, seconds = timed(function, *arguments)
-    done.set()
-    thread.join()
+    try:
+        _, seconds = timed(function, *arguments)
+    finally:
+        done.set()
+        thread.join()
     return seconds, f"{peak / 1e6:,.0f} MB" if peak else ""
 
 
@@ -1682,6 +1687,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def positive(text):
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def parse_args(argv):
     """The command line of every subcommand."""
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
@@ -1695,12 +1707,12 @@ def parse_args(argv):
         return commands.add_parser(name, help=description, description=description, **style)
 
     def add_workers(command):
-        command.add_argument("--workers", type=int, help="processes; None: all cores for large files")
+        command.add_argument("--workers", type=positive, help="processes; None: all cores for large files")
 
     train = add("train", "Learn a tokenizer from files.")
     train.add_argument("files", nargs="+", help=files_help)
-    train.add_argument("--vocab_size", type=int, default=4096, help="tokens in all: 256 bytes, merges, special tokens")
-    train.add_argument("--out", default="tokenizer.json", help="the file to write")
+    train.add_argument("--vocab_size", type=positive, default=4096, help="tokens in all: 256 bytes, merges, special tokens")
+    train.add_argument("--out", default="tokenizer.json", help="the file to write, or a folder")
     train.add_argument("--special_tokens", nargs="*", default=[ENDOFTEXT], help="never split; take the last ids")
     train.add_argument("--pattern", default="gpt2", help=f"cuts text into words: {', '.join(PATTERNS)}, or a regex")
     add_workers(train)
@@ -1712,16 +1724,16 @@ def parse_args(argv):
     decode = add("decode", "Print the text of tokens.")
     decode.add_argument("ids", nargs="+", help="a .npy file, or token ids")
     decode.add_argument("--tokenizer", help=f"{tokenizer_help}; None: the one beside the .npy, or {LOCAL}'s")
-    decode.add_argument("--limit", type=int, metavar="N", help="the first N tokens only; None: all")
+    decode.add_argument("--limit", type=positive, metavar="N", help="the first N tokens only; None: all")
     show = add("show", "Print a text with its tokens in colour, and their number.")
     show.add_argument("text", help="a text, or a file (its first document, 4,000 characters of it)")
     show.add_argument("--tokenizer", default=str(LOCAL / "tokenizer.json"), help=tokenizer_help)
     bench = add("bench", "Speed of training and encoding, beside the peers that are installed.")
     bench.add_argument("files", nargs="*", help=f"{files_help}; none: the local corpus")
-    bench.add_argument("--vocab_size", type=int, default=4096, help="tokens to train")
+    bench.add_argument("--vocab_size", type=positive, default=4096, help="tokens to train")
     bench.add_argument("--tokenizer", help=f"{tokenizer_help}, to encode with; None: the one trained")
     bench.add_argument("--only", choices=("training", "encoding", "encode_file"), help="one of the tables; None: all")
-    bench.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians are printed")
+    bench.add_argument("--repeats", type=positive, default=5, help="rounds, of which the medians are printed")
     return parser.parse_args(argv)
 
 

@@ -1202,10 +1202,17 @@ def test_mistakes_get_one_line_and_exit_code_2(corpus, tokenizer, folder, capsys
         (["decode", str(place / "matrix.npy")], "not one dimension of token ids"),
         (["decode", "five", "--tokenizer", ours], "five: neither a .npy file nor token ids"),
         (["decode", "9999", "--tokenizer", ours], "token id 9999 is not in the vocabulary"),
+        (["train", text, "--workers", "-1"], "'-1' is not a whole number above 0"),
+        (["train", text, "--pattern", "(a)"], "has a capturing group"),
+        (["bench", text, "--repeats", "0"], "'0' is not a whole number above 0"),
     ]:
-        assert bpe.main(arguments) == 2, arguments
+        try:
+            code = bpe.main(arguments)
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        assert code == 2, arguments
         err = capsys.readouterr().err
-        assert err.startswith("bpe.py: ") and told in err and err.count("\n") == 1, (arguments, err)
+        assert err.startswith("bpe.py") and told in err and err.count("\n") == 1, (arguments, err)
     assert sorted(os.listdir(place)) == before and same(bpe.Tokenizer.load(ours), tokenizer)
 
 

@@ -1312,6 +1312,7 @@ def read_chat_template(folder):
 # Of a .tiktoken file the number of ranks tells which of OpenAI's vocabularies it is: those have these special tokens.
 TIKTOKEN = {
     50256: ("gpt2", {ENDOFTEXT: 50256}),
+    50280: ("gpt2", {ENDOFTEXT: 50256}),  # p50k
     100256: ("cl100k", {ENDOFTEXT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
                         "<|endofprompt|>": 100276}),
     199998: ("o200k", {ENDOFTEXT: 199999, "<|endofprompt|>": 200018}),

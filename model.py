@@ -617,13 +617,13 @@ def config_from_json(values: dict) -> Config:
     return Config(**fields)
 
 
-def save_pretrained(model: Transformer, folder):
-    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open. The tokenizer's
-    files are the caller's to add. A model with a mix of switches that no Hugging Face architecture has is written all the
+def save_pretrained(model: Transformer, folder, tensors: dict[str, Tensor] | None = None):
+    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open, with its own weights
+    or with `tensors`, gathered from the ranks that share them. The tokenizer's files are the caller's to add. A model with a mix of switches that no Hugging Face architecture has is written all the
     same, as model_type "flatlm", which `load_pretrained` alone reads."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = model.config
-    tensors = model.state_dict()
+    tensors = dict(model.state_dict() if tensors is None else tensors)
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     ends = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id") if getattr(config, key) is not None}

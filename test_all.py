@@ -9,6 +9,9 @@ where those are missing. Everything is written to temporary folders.
 """
 import base64
 import builtins
+import contextlib
+import dataclasses
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -32,10 +35,13 @@ import numpy as np
 import pytest
 import regex
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import bpe
 import data
+import ddp
 import model as model_file
 import sample
 import train
@@ -1616,7 +1622,7 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradient():
 
 def test_matrices_decay_and_vectors_do_not():
     made = small("qwen2")
-    decayed, kept = train.decay_groups(made, 0.1)
+    decayed, kept = train.decay_groups(made, {name for name, p in made.named_parameters() if p.dim() == 2}, 0.1)
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
     names = {p: name for name, p in made.named_parameters()}
     assert all("norm" in names[p] or "bias" in names[p] for p in kept["params"])
@@ -2038,63 +2044,560 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
 # ------------------------------------------------------------------------------------------------------------------
 # ddp.py
 
-DDP_PROGRAM = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {here!r})
-from ddp import DDP
+# What torchrun is to run is a function of this file, `python test_all.py ranks NAME ...`: it asserts on every rank.
 
-class Net(torch.nn.Module):                     # a tied, a frozen, an unused and a sometimes used parameter, odd sizes, a buffer
-    def __init__(self):
+def on_ranks(count, name, *arguments, seconds=150):
+    """Have torchrun run ranks_NAME(*arguments) on so many ranks, to its end; what they print."""
+    process = torchrun(count, HERE / "test_all.py", "ranks", name, *arguments)
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, err.split("torch/distributed/elastic")[0][-3000:]     # what comes then is the launcher's
+    return out
+
+
+class Block(torch.nn.Module):
+    """Odd sizes, a frozen, an unused and a sometimes used parameter."""
+
+    def __init__(self, width):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(5, 7), torch.nn.Linear(7, 7)
-        self.second.bias = self.first.bias
-        self.frozen = torch.nn.Parameter(torch.randn(7), requires_grad=False)
-        self.unused, self.sometimes = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(7))
-        self.register_buffer("shift", torch.randn(7))
+        self.norm, self.up, self.down = torch.nn.LayerNorm(width), torch.nn.Linear(width, 13), torch.nn.Linear(13, width)
+        self.frozen = torch.nn.Parameter(0.1 * torch.randn(width), requires_grad=False)
+        self.sometimes, self.unused = torch.nn.Parameter(torch.randn(width)), torch.nn.Parameter(torch.randn(3))
+
     def forward(self, x, special=False):
-        h = self.second(torch.tanh(self.first(x))) + self.frozen + self.shift
-        return h * self.sometimes if special else h
+        h = self.down(torch.tanh(self.up(self.norm(x)))) + self.frozen
+        return x + (h * self.sometimes if special else h)
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-alone, x = Net(), torch.randn(8, 5)
-torch.manual_seed(rank)
-net = Net()
-both = DDP(net, bucket_mb=4e-5)                 # several buckets
-assert len(both.buckets) > 2
-assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), alone.state_dict().values())), "rank 0's weights"
-for step in range(10):
-    half = x[4 * rank:4 * rank + 4]
-    with both.no_sync():
-        (both(half[:2]).pow(2).mean() / 2).backward()
-    (both(half[2:], special=rank == 1).pow(2).mean() / 2).backward()
+
+class Net(torch.nn.Module):
+    """Layers, a head tied to the embedding, a bias tied across layers, a buffer."""
+
+    def __init__(self, recompute=False):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(11, 7), torch.nn.Linear(7, 11, bias=False)
+        self.layers = torch.nn.ModuleList(Block(7) for _ in range(4))
+        self.layers[2].down.bias, self.head.weight = self.layers[0].down.bias, self.embed.weight
+        self.register_buffer("shift", torch.randn(7))
+        self.recompute = recompute
+
+    def forward(self, tokens, targets, special=False):
+        x = self.embed(tokens) + self.shift
+        for i, layer in enumerate(self.layers):
+            arguments = x, special and i == 1
+            x = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False) if self.recompute else layer(*arguments)
+        return F.cross_entropy(x @ self.head.weight.T, targets)
+
+
+def ranks_strategies():
+    """Every strategy on `Net`, ten steps of two micro-batches: the gradient norms and the weights of one process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    matrices = {name for name, p in Net().named_parameters() if p.dim() == 2 and "layers" in name}
+    named = lambda net, inside: [p for name, p in net.named_parameters() if (name in matrices) == inside and p.requires_grad]
+    groups = lambda net: [{"params": named(net, True), "weight_decay": 0.1}, {"params": named(net, False), "weight_decay": 0.0}]
+    adamw = lambda net: [torch.optim.AdamW(groups(net), lr=0.01)]
+    muon = lambda net: [torch.optim.Muon(named(net, True), lr=0.02), torch.optim.AdamW(named(net, False), lr=0.01)]
+
+    def batch(step, r, micro):
+        generator = torch.Generator().manual_seed(1000 * step + 10 * r + micro)
+        return (*torch.randint(0, 11, (2, 6), generator=generator), r == 1 and step % 3 == 1)    # rank 1 is special at times
+
+    def one_process(optimizers, clip=1e9):
+        torch.manual_seed(0)
+        net, states, norms = Net(), [], []
+        optimizers = optimizers(net)
+        for step in range(10):
+            for r, micro in itertools.product(range(ranks), range(2)):
+                (net(*batch(step, r, micro)) / (2 * ranks)).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), clip))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            states.append({name: value.clone() for name, value in net.state_dict().items()})
+        return states, norms
+
+    def check(name, wrap, optimizers, reference, no_sync=True, clip=1e9, tolerance=1e-5, recompute=False):
+        torch.manual_seed(rank)                                              # all start with rank 0's weights nevertheless
+        net = Net(recompute)
+        wrapped = wrap(net)
+        optimizers = optimizers(net, wrapped)
+        whole = wrapped.full_state_dict if isinstance(wrapped, ddp.FSDP) else net.state_dict
+        for step, (state, norm) in enumerate(zip(*reference)):
+            for micro in range(2):
+                with wrapped.no_sync() if no_sync and micro == 0 else train.nullcontext():
+                    (wrapped(*batch(step, rank, micro)) / 2).backward()
+            wrapped.finish_gradient_synchronization()
+            without = {key for key, _ in net.named_parameters() if key.endswith(("frozen", "unused", "sometimes"))}
+            without -= {"layers.1.sometimes"} if step % 3 == 1 and ranks > 1 else set()
+            assert {key for key, p in net.named_parameters() if p.grad is None} == without, (name, step)
+            ours = train.clip_grad_norm_(net.parameters(), clip, ddp.gradient_norm(net.parameters(), isinstance(wrapped, ddp.FSDP)))
+            assert abs(ours - norm) < 1e-5 + tolerance, (name, step, ours, norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():                                            # an evaluation in between disturbs nothing
+                wrapped(*batch(step, rank, 0))
+            if step % 4 != 1:                                                # in 1, 5 and 9
+                continue
+            ours = whole()
+            assert list(ours) == list(state), name
+            assert all((ours[key] - value).abs().max() < tolerance for key, value in state.items()), (name, step)
+        return optimizers
+
+    small, plain, clipped, by_muon = 4e-5, one_process(adamw), one_process(adamw, clip=0.05), one_process(muon)
+    buckets = lambda net: ddp.DDP(net, bucket_mb=small)                      # several
+    check("ddp", buckets, lambda net, _: adamw(net), plain, clip=1e9)
+    check("ddp in bfloat16", lambda net: ddp.DDP(net, small, torch.bfloat16), lambda net, _: adamw(net), plain, tolerance=0.1)
+    for split in (None, False):                                              # cut anywhere; whole tensors
+        optimizer, = check("zero1", buckets, lambda net, _: [ddp.ShardedOptimizer(groups(net), torch.optim.AdamW, lr=0.01, split=split)], plain)
+        shares = [None] * ranks
+        dist.all_gather_object(shares, sum(piece.numel() for _, _, piece in optimizer.pieces))
+        count = sum(p.numel() for p in Net().parameters() if p.requires_grad)
+        assert sum(shares) == count and (max(shares) < 1.05 * count / ranks + 4 or split is False)
+        assert 0 < sum(state["exp_avg"].numel() for state in optimizer.state.values()) <= shares[rank]
+    check("zero1 with Muon", buckets, lambda net, _: [ddp.ShardedOptimizer(named(net, True), torch.optim.Muon, lr=0.02),
+          ddp.ShardedOptimizer(named(net, False), torch.optim.AdamW, lr=0.01)], by_muon, tolerance=1e-3)
+    check("fsdp", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False)
+    check("fsdp with no_sync", ddp.FSDP, lambda net, _: adamw(net), plain)
+    check("fsdp, clipped", ddp.FSDP, lambda net, _: adamw(net), clipped, clip=0.05)
+    check("fsdp, recomputing", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False, recompute=True)
+    check("fsdp with Muon", ddp.FSDP, lambda net, wrapped: [
+          ddp.MatrixOptimizer(wrapped, named(net, True), torch.optim.Muon, lr=0.02), torch.optim.AdamW(named(net, False), lr=0.01)],
+          by_muon, tolerance=1e-3)
+    check("fsdp in bfloat16", lambda net: ddp.FSDP(net, torch.bfloat16, torch.float32), lambda net, _: adamw(net), plain, tolerance=0.1)
+
+    # FSDP's parameters are shards, which take 1/N of the memory; whole ones come and go
+    net = Net()
+    wrapped = ddp.FSDP(net)
+    count = sum(p.numel() for p in Net().parameters())
+    assert sum(p.numel() for p in net.parameters()) <= count / ranks + 16 and all(p.dim() == 1 for p in net.parameters())
+    assert all(flat.full.untyped_storage().nbytes() == 0 for flat in wrapped._flats())
+    state = {name: torch.full_like(value, i) for i, (name, value) in enumerate(Net().state_dict().items())}
+    state["head.weight"], state["layers.2.down.bias"] = state["embed.weight"], state["layers.0.down.bias"]
+    wrapped.load_full_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in wrapped.full_state_dict().items())
+    assert wrapped.full_state_dict(only_rank=0).keys() == (state.keys() if rank == 0 else set())
+
+    # what cannot be is refused on every rank
+    linear = torch.nn.Linear
+    failures = [
+        (lambda: wrapped.load_full_state_dict({**state, "shift": state["shift"], "embed.weight": torch.zeros(3)}), "embed.weight should have shape"),
+        (lambda: ddp.DDP(torch.nn.Flatten()), "nothing to average"), (lambda: ddp.FSDP(torch.nn.Flatten()), "nothing to train"),
+        (lambda: ddp.mesh(ranks + 1), f"{ranks} rank(s) cannot be divided")]
+    if ranks > 1:
+        failures += [(lambda: ddp.tensor_parallel(Transformer(small_config(num_attention_heads=4, num_key_value_heads=1)), None),
+                      f"num_key_value_heads is 1, which cannot be divided over {ranks} ranks"), (lambda: ddp.DDP(linear(3, 3 + rank)), "ranks hold different models"),
+                     (lambda: ddp.FSDP(linear(3, 3 + rank)), "ranks hold different models")]
+    for attempt, words in failures:
+        with pytest.raises(ValueError) as error:
+            attempt()
+        assert words in str(error.value), error.value
+    both = ddp.DDP(linear(3, 3))
+    both(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="no_sync"):
+        both(torch.ones(1, 3)).sum().backward()
     both.finish_gradient_synchronization()
-    parts = [alone(x[0:2]), alone(x[2:4]), alone(x[4:6]), alone(x[6:8], special=True)]
-    (sum(part.pow(2).mean() for part in parts) / 4).backward()
-    for (name, a), b in zip(net.named_parameters(), alone.parameters()):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None:
-            assert (a.grad - b.grad).abs().max() < 1e-6, name
+
+
+def small_config(**changes):
+    return Config(**{**dict(vocab_size=37, hidden_size=32, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, intermediate_size=50,
+                            max_position_embeddings=16), **changes})
+
+
+def ranks_tensor_parallel():
+    """Tensor parallelism alone and with each data strategy, on every mesh of these ranks: loss, gradient norm, logits and
+    weights of one process. Sizes that do not divide, tied and untied, norms of heads, biases, targets that do not count."""
+    ranks = dist.get_world_size()
+
+    def batch(step, r):
+        tokens = torch.randint(0, 37, (3, 10), generator=torch.Generator().manual_seed(100 * step + r))
+        return tokens[:, :-1], tokens[:, 1:].clone().index_fill_(1, torch.tensor([0, 4]), -100)
+
+    adamw = dict(lr=0.01, eps=1e-3)                  # such an eps that a rounding error cannot turn an update around
+    for tied, width in itertools.product((True, False), [t for t in (2, 4) if ranks % t == 0]):
+        for kind in ("ddp", "zero1", "fsdp") if width < ranks else ("alone",):
+            data, tensor = ddp.mesh(width)
+            config = small_config(tie_word_embeddings=tied, qk_norm=True, qkv_bias=True)
+            torch.manual_seed(0)
+            alone = Transformer(config)
+            net = Transformer(config)                # other weights, on all ranks the same
+            net.load_state_dict(alone.state_dict())
+            divided = ddp.tensor_parallel(net, tensor)
+            assert net.lm_head.weight.shape[0] < 37 and net.model["layers"][0].mlp.down_proj.weight.shape[1] == 50 // width + (
+                dist.get_rank(tensor) % 2 if width == 4 else 0)
+            wrapped = {"alone": lambda: net, "fsdp": lambda: ddp.FSDP(net, group=data)}.get(kind, lambda: ddp.DDP(net, group=data))()
+            optimizer = (ddp.ShardedOptimizer(net.parameters(), torch.optim.AdamW, data, **adamw) if kind == "zero1" else
+                         torch.optim.AdamW(net.parameters(), **adamw))
+            reference, parameters = torch.optim.AdamW(alone.parameters(), **adamw), dict(net.named_parameters())
+            split = {parameters[name] for name in divided if name in parameters}
+            for step in range(10):
+                losses = [alone(*batch(step, r)) for r in range(dist.get_world_size(data))]
+                loss = wrapped(*batch(step, dist.get_rank(data)))
+                assert abs(loss - losses[dist.get_rank(data)]) < 1e-5
+                torch.stack(losses).mean().backward()
+                loss.backward()
+                if kind != "alone":
+                    wrapped.finish_gradient_synchronization()
+                want = torch.nn.utils.get_total_norm([p.grad for p in alone.parameters()])
+                assert abs(ddp.gradient_norm(net.parameters(), kind == "fsdp", data, split, tensor) - want) < 1e-5 * (1 + want)
+                for one in (optimizer, reference):
+                    one.step()
+                    one.zero_grad()
+                if step % 4 != 1:
+                    continue
+                state = wrapped.full_state_dict() if kind == "fsdp" else net.state_dict()
+                whole = {name: ddp.unsplit(value, *divided[name], tensor) if name in divided else value for name, value in state.items()}
+                assert all((whole[name] - value).abs().max() < 1e-4 for name, value in alone.state_dict().items()), (tied, width, kind, step)
             with torch.no_grad():
-                a.sub_(0.1 * a.grad); b.sub_(0.1 * b.grad)
-        a.grad = b.grad = None
-for module, words in ((torch.nn.Linear(3, 3 + rank), "ranks hold different models"), (torch.nn.Flatten(), "nothing to average")):
+                assert (wrapped(batch(0, 0)[0]) - alone(batch(0, 0)[0])).abs().max() < 1e-3
+                beyond = torch.full((1, 4), 40)                              # a target that no rank has gives no number
+                assert wrapped(batch(0, 0)[0][:1, :4], beyond) == math.inf
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_strategy_makes_the_steps_of_one_process(ranks):
+    on_ranks(ranks, "strategies")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_ranks_make_the_steps_of_one_process(ranks):
+    on_ranks(ranks, "tensor_parallel")
+
+
+def ranks_train(folder, *lines):
+    """Runs of train.py in one start of torchrun, the arguments of each in a line."""
+    for line in lines:
+        settings, saved = train.parse([*line.split(), "--data", folder] if "--resume" not in line else line.split())
+        train.train(settings, saved)
+
+
+def test_every_strategy_in_train_py_loses_what_one_process_loses_and_each_goes_on_where_another_stopped(
+        tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    """... on 1, 2 and 4 ranks. A run is handed on: one process, four ranks, two ranks, one process."""
+    flags = {"zero1": "--parallel zero1", "fsdp": "--parallel fsdp", "tensor": "--tensor_parallel 2",
+             "tensor-zero1": "--tensor_parallel 2 --parallel zero1", "tensor-fsdp": "--tensor_parallel 2 --parallel fsdp"}
+    line = lambda name, more: f"--out {tmp_path / name} --steps 20 --micro_batch_size 2 {' '.join(SHAPE)} {more}"
+    relay = tmp_path / "relay"
+    assert call(train, capsys, monkeypatch, "--data", tokens, *line("relay", "--stop_after 5").split())[0] == 0
+    on_ranks(4, "train", tokens, *(line(f"4-{name}", more) for name, more in flags.items()),
+             f"--resume {relay} --stop_after 10 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 12 --parallel zero1 --tensor_parallel 1")
+    on_ranks(2, "train", tokens, *(line(f"2-{name}", flags[name]) for name in ("zero1", "fsdp", "tensor")),
+             f"--resume {relay} --stop_after 15 --parallel fsdp --tensor_parallel 1")
+    assert len(json.loads((relay / "state" / "latest.json").read_text())["files"]) == 2
+    assert call(train, capsys, monkeypatch, "--resume", relay, "--parallel", "ddp")[0] == 0
+    for name in ("zero1", "fsdp"):
+        assert call(train, capsys, monkeypatch, "--data", tokens, *line(f"1-{name}", flags[name]).split())[0] == 0
+    weights = load_safetensors(twenty_steps / "model.safetensors")
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == 11
+    for folder in folders:
+        rows = records(folder)
+        assert [row["step"] for row in rows] == list(range(1, 21)), folder
+        for ours, whole in zip(rows, records(twenty_steps)):
+            assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4) and ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3), folder
+        assert rows[-1]["val_loss"] == pytest.approx(records(twenty_steps)[-1]["val_loss"], abs=1e-4)
+        ours = load_pretrained(folder).state_dict()                          # an ordinary model folder
+        assert all((ours[name] - value).abs().max() < 1e-3 for name, value in weights.items()), folder
+
+
+def ranks_fall(folder, out):
+    """A run in which the second rank's forward pass fails in the fifth step."""
+    forward, calls = Transformer.forward, [0]
+
+    def falls(self, *arguments):
+        calls[0] += torch.is_grad_enabled()
+        if calls[0] == 5 and dist.get_rank() == 1:
+            raise ValueError("the sky fell")
+        return forward(self, *arguments)
+
+    Transformer.forward = falls
+    sys.argv = ["train.py", "--data", folder, "--out", out, "--steps", "20", "--save_every", "1", "--parallel", "fsdp", *SHAPE]
+    train.main()
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_error_and_a_whole_checkpoint(tokens, tmp_path):
+    process = torchrun(2, HERE / "test_all.py", "ranks", "fall", tokens, tmp_path / "r")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "train.py: rank 1: the sky fell" in err, err
+    assert train.load_checkpoint(tmp_path / "r")["step"] == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(tokens, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r"
+    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 1,
+                       "--eval_every", 100_000, "--parallel", "fsdp", *SHAPE)
+    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, process)
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if b"\0RANK=1\0" in path.read_bytes() and str(out).encode() in (path.parent / "cmdline").read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "rank 0 lost another rank" in err and "SIGKILL" in err, err
+    step = train.load_checkpoint(out)["step"]
+    code, text, _ = call(train, capsys, monkeypatch, "--resume", out, "--stop_after", step + 3, "--parallel", "zero1")
+    assert code == 0 and [row["step"] for row in records(out)] == list(range(1, step + 4))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--parallel", "zero3"], ["--parallel is 'zero3'", "ddp or zero1 or fsdp"]), (["--tensor_parallel", "0"], ["--tensor_parallel is 0"]),
+    (["--tensor_parallel", "2"], ["1 rank(s) cannot be divided into tensor-parallel groups of 2"])])
+def test_impossible_strategies_are_refused(arguments, words, tokens, tmp_path, capsys, monkeypatch):
+    assert refused(call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", *SHAPE, *arguments), *words)
+    assert not (tmp_path / "r").exists() and not dist.is_initialized()
+
+
+def test_ddp_py_compares_the_strategies_and_draws_their_timelines(tmp_path):
+    """... starting its second rank itself."""
+    result = run(HERE / "ddp.py", "--layers", 2, "--width", 64, "--vocabulary", 99, "--sequence_length", 16, "--rounds", 1, "--trace", tmp_path / "t.json",
+                 "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    rows = {line[:36].strip(): line[36:].split() for line in result.stdout.splitlines()[6:] if line[36:].split()}
+    size = 4 * (2 * 99 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64)) / 1e6     # MB
+    for name, passes in (("average each parameter", 1), ("average one flat buffer", 1), ("DDP", 1), ("torch DDP", 1),
+                         ("DDP + ShardedOptimizer", 1.5), ("torch DDP + ZeroRedundancyOptimizer", 1.5), ("FSDP", 1.5), ("torch fully_shard", 1.5)):
+        error, sent, formula = rows[name][:3]
+        assert float(error) < 1e-5 and float(formula) == pytest.approx(passes * size, abs=0.051), name
+        # FSDP gathers embedding, head and the last layer once and not twice; a few bytes say which gradients there are
+        assert passes * size - 0.15 < float(sent) < passes * size + 0.06 if "FSDP" in name or "fully" in name else abs(
+            float(sent) - passes * size) < 0.06, name
+    assert float(rows["tensor_parallel"][0]) < 1e-5
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    strategies = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    kinds = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    seen = {(strategies[e["pid"]], kinds[e["pid"], e["tid"]]) for e in events if e["ph"] == "X"}
+    assert {("FSDP", "compute"), ("FSDP", "communication"), ("torch DDP", "communication")} <= seen
+
+
+def test_ddp_py_times_the_collectives_and_refuses_what_cannot_be(capsys, monkeypatch):
+    result = run(HERE / "ddp.py", "collectives", "--largest", 12, "--rounds", 1, "--device", "cpu")
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("0.00")]
+    assert result.returncode == 0 and [row[0] for row in rows] == ["0.001", "0.004"] and all(float(row[1]) > 0 for row in rows), result.stderr
+    for arguments, words in ((["--layers", "0"], "--layers is 0"), (["--widht", "3"], "did you mean --width?"), (["--device", "tpu"], "tpu")):
+        assert refused(call(ddp, capsys, monkeypatch, *arguments), words)
+    result = run(HERE / "ddp.py", "--batch_size", 3, "--device", "cpu")
+    assert result.returncode and "ddp.py: --batch_size 3 cannot be divided over 2 ranks" in result.stderr
+
+
+# q is 4 * 10 = 40 wide, k and v 2 * 10 = 20: a layer's matrices are 100 (2 * 40 + 2 * 20) + 3 * 100 * 200 = 72,000, with
+# its two norms 72,200; two tables of 100,000 and the last norm: P = 2 * 72,200 + 200,000 + 100 = 344,500.
+# A token forward, at 50 positions: 2 layers * 2 * 72,000 = 288,000, scores 2 * 4 * 50 * 40 = 16,000, head 2 * 100,000; to
+# train on it 3 * 504,000 = 1,512,000 FLOPs, and 3,200 tokens take 4.8384e9: one second of 16 GPUs at half of 6.048e8.
+TOY = dict(vocab_size=1000, hidden_size=100, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+           intermediate_size=200)
+TOY_WORK = dict(batch_tokens=3200, sequence_length=50, micro_batch_size=2)   # 100 tokens in a forward pass
+
+
+def plan_toy(strategy, tensor=1, nvlink=4_823_000, network=172_250, memory=5e6, gpus=16, recompute=False):
+    gpu = ddp.GPU(flops=6.048e8, memory=memory, nvlink=nvlink, network=network)
+    return ddp.plan(ddp.shape_from_config(TOY), strategy, gpus, tensor, gpu, ddp.Work(**TOY_WORK, recompute=recompute))
+
+
+def check_row(row, **expected):
+    assert {key: row[key] for key in expected} == {
+        key: value if isinstance(value, (str, bool)) else pytest.approx(value, rel=1e-9) for key, value in expected.items()}
+
+
+def call_plan(capsys, *arguments):
+    """The command in this process: (exit code, standard output, standard error)."""
+    code = 0
     try:
-        DDP(module)
-    except ValueError as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(words)
-print("equal")
-"""
+        ddp.plan_command([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
 
 
-def test_ddp_gives_every_rank_the_gradients_of_the_whole_batch(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(DDP_PROGRAM.format(here=str(HERE)))
-    out, err = torchrun(2, program).communicate(timeout=120)
-    assert out.count("equal") == 2, err
+def test_plan_counts_llama_8b_as_published():
+    assert ddp.parameters_on_rank(ddp.LLAMA_8B)["all"] == 8_030_261_248      # the model card's number of weights
+    # 32 layers of 4096 (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 = 218,103,808 and of 2 * 4096, which is whole on both ranks;
+    # two tables of 128,256 * 4096 = 525,336,576; a norm of 4096
+    assert ddp.parameters_on_rank(ddp.LLAMA_8B, 2)["all"] == 32 * (109_051_904 + 8192) + 525_336_576 + 4096
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "llama3.1-70b", "gpt2", "tiny"])
+def test_plan_on_one_gpu_is_what_model_py_counts(name):
+    config = PRESETS[name]
+    shape, length = ddp.shape_from_config(dataclasses.asdict(config)), 256
+    assert ddp.parameters_on_rank(shape)["all"] == num_parameters(config)
+    work = ddp.Work(batch_tokens=6 * length, sequence_length=length, micro_batch_size=3)
+    assert ddp.step_flops(shape, work) == 6 * length * flops_per_token(config, length)
+    row = ddp.plan(shape, "ddp", 1, 1, ddp.GPUS["h100"], work)
+    # model.py counts a bfloat16 copy of the last norm's weight, 2 bytes of each number
+    assert row["memory_bytes"] == sum(memory_bytes(config, 3, length).values()) - 2 * config.hidden_size
+    assert (row["nvlink_bytes"], row["network_bytes"], row["efficiency"]) == (0, 0, 1)
+
+
+def test_plan_shape_follows_the_rules_for_what_a_config_leaves_out():
+    given = dict(vocab_size=1000, hidden_size=660, num_hidden_layers=3, num_attention_heads=12, head_dim=None)
+    assert ddp.shape_from_config(given) == ddp.Shape(1000, 660, 3, 12, 12, 55, 1792, False)      # 8/3 of 660: 1760, 28 * 64
+    assert ddp.shape_from_config({**given, "head_dim": 128, "tie_word_embeddings": True}).head_dim == 128
+    tied = ddp.shape_from_config({**TOY, "tie_word_embeddings": True})
+    assert ddp.parameters_on_rank(tied)["all"] == 344_500 - 100_000
+
+
+@pytest.mark.parametrize("ranks, per_node, nvlink, network", [
+    (1, 8, 0, 0),
+    (8, 8, 700, 0),                # one node: 7 of 8 parts come from the others
+    (4, 8, 600, 0),                # half a node: 3 of 4
+    (16, 8, 700, 50),              # two nodes: of this rank's eighth, 100, the half that is elsewhere; then 7 of 8 inside
+    (32, 8, 700, 75),              # four nodes: three quarters of an eighth
+    (16, 1, 0, 750)])              # one rank a node (8 tensor-parallel ranks of 8): all over the network, 15 of 16
+def test_a_pass_over_two_levels_moves_the_bytes_worked_by_hand(ranks, per_node, nvlink, network):
+    assert ddp.data_pass(800, ranks, per_node) == (nvlink, network)
+
+
+def test_plan_of_ddp_on_two_nodes():
+    check_row(plan_toy("ddp"), data=16, divides=True,
+              micro_batches=2,                                               # 3200 / (16 * 100)
+              # 16 * 344,500 = 5,512,000; copies 2 * 144,400; a token in a layer 2 * 1,000 of norms + 2 (5 * 40 + 4 * 200),
+              # so 100 tokens (2 * 4,000 + the last norm's 1,000); early gradient of the head 400,000
+              memory_bytes=5_512_000 + 288_800 + 900_000 + 400_000, fits=False,
+              nvlink_bytes=2_411_500, network_bytes=172_250,                 # 8 * 344,500 = 2,756,000; 7/8 and 1/16 of it
+              compute_seconds=1,
+              # NVLink 0.5 s, network 1 s; the backward pass of the second micro-batch, 2/3 of 1/2 s, hides a third
+              step_seconds=1 + 2 / 3, efficiency=0.6, bound="network")
+
+
+def test_plan_of_zero1_on_two_nodes():
+    check_row(plan_toy("zero1"),
+              memory_bytes=2_756_000 + 2_756_000 / 16 + 288_800 + 900_000 + 400_000, fits=True,  # 4,517,050 of 5e6
+              nvlink_bytes=1.5 * 2_411_500, network_bytes=1.5 * 172_250,     # a pass for the new weights beside ddp's two
+              step_seconds=1 + 2 / 3 + 0.5, efficiency=6 / 13, bound="network")                  # with nothing to hide it
+
+
+def test_plan_of_fsdp_on_two_nodes():
+    # weights, gradients, moments 16 * 344,500 / 16; gathered 2 * 200,100 of tables and last norm, 2 * 2 * 72,200 of two
+    # layers; gradients 8 * 72,200 of two layers, 4 * 200,000 of the tables; 1,300,000 of activations and head as above
+    memory = 344_500 + 400_200 + 288_800 + 577_600 + 800_000 + 1_300_000
+    # once 6 * 200,100 of tables and last norm; two micro-batches of 8 * 72,200 for one layer and 6 * 72,200 for the last:
+    # 3,222,200 bytes, 1/16 of them over the network in 2 s, of which 1 s of compute hides one
+    check_row(plan_toy("fsdp", network=100_693.75), memory_bytes=memory, nvlink_bytes=2_819_425, network_bytes=201_387.5,
+              step_seconds=2, efficiency=0.5, bound="network")
+    # NVLink as the slower: 7/8 in 2.5 s
+    check_row(plan_toy("fsdp", nvlink=2_819_425 / 2.5), step_seconds=2.5, bound="NVLink")
+    check_row(plan_toy("fsdp", network=344_500), step_seconds=1, efficiency=1, bound="compute")
+    # compute in nine tenths of the step is still the bound, in less it is not
+    check_row(plan_toy("fsdp", network=201_387.5 / 1.11), step_seconds=1.11, bound="compute")
+    check_row(plan_toy("fsdp", network=201_387.5 / 1.12), step_seconds=1.12, bound="network")
+
+
+def test_plan_with_tensor_parallelism_sums_activations_and_divides_matrices():
+    # 8 data ranks, 4 to a node of 8 GPUs. Pt = 2 (36,000 + 200) + 100,000 + 100 = 172,500. 10 sums (2 layers * 4, embedding,
+    # head) of 3200 / 8 tokens * 100 * 2 bytes = 80,000, each 2 * 1/2 of it: 800,000 bytes, 0.16 s at 5 MB/s.
+    # 8 Pt = 1,380,000: 3/4 over NVLink; over the network half of a quarter, in 0.25 s; 1/6 s of it hides (4 micro-batches)
+    check_row(plan_toy("ddp", tensor=2, nvlink=5e6, network=690_000), data=8, micro_batches=4,
+              nvlink_bytes=800_000 + 1_035_000, network_bytes=172_500, step_seconds=1 + 0.16 + 0.25 - 1 / 6, bound="NVLink",
+              # copies 2 * 2 * 36,200; norms whole, the rest of a token halved: 100 (2 * 3,000 + 1,000); head 200,000
+              memory_bytes=16 * 172_500 + 144_800 + 700_000 + 200_000)
+    # fsdp: 6 * 100,100 and four times (8 + 6) * 36,200 bytes, an eighth of them over the network, hidden by compute; the sums
+    # are not
+    check_row(plan_toy("fsdp", tensor=2, nvlink=5e6, network=690_000), network_bytes=328_475, step_seconds=1.16,
+              bound="NVLink")
+    check_row(plan_toy("ddp", tensor=2, nvlink=5e6, network=345_000), step_seconds=1.16 + 0.5 - 1 / 6, bound="network")
+
+
+def test_plan_with_recomputation_keeps_inputs_and_runs_layers_again():
+    # 100 tokens * (2 inputs of 4 * 100 + one layer's 4,000 + the last norm's 1,000) = 580,000 where it was 900,000;
+    # 3 * (304,000 * 4/3 + 200,000) = 1,816,000 FLOPs where it was 1,512,000; two sums more in each of two layers, 80,000 each;
+    # of the last micro-batch 3/4 is backward pass: of 1 s over the network it hides 3/8 of 1,816/1,512 s
+    before, after = plan_toy("zero1"), plan_toy("zero1", recompute=True)
+    assert before["memory_bytes"] - after["memory_bytes"] == pytest.approx(320_000)
+    assert after["compute_seconds"] == pytest.approx(1_816 / 1_512)
+    assert plan_toy("ddp", recompute=True)["step_seconds"] == pytest.approx(1_816 / 1_512 * (1 - 3 / 8) + 1)
+    sums = [plan_toy("ddp", tensor=2, recompute=again)["nvlink_bytes"] for again in (False, True)]
+    assert sums[1] - sums[0] == pytest.approx(2 * 2 * 80_000)
+
+
+def test_plan_says_when_the_batch_does_not_divide(capsys):
+    assert not plan_toy("ddp", gpus=64)["divides"]                           # 3200 / (64 * 100): half a micro-batch
+    sizes = [text for name, value in {**TOY, **TOY_WORK}.items() for text in (f"--{name}", value)]
+    for gpus, passes in ((24, "1.33"), (64, "0.5")):
+        code, out, _ = call_plan(capsys, *sizes, "--gpus", gpus, "--tensor_parallel", 1)
+        assert code == 0 and out.count(f"the batch does not divide: {passes} forward passes") == 3
+
+
+def test_largest_efficient_lies_on_the_right_side_of_the_limit_worked_by_hand():
+    # fsdp, one micro-batch, scores count for nothing (sequences of one token). A layer has 16,779,264 parameters, 16,777,216
+    # of them in matrices, the tied table 1,024,000. Travel: 6 * 1,025,024 + (4 * 8 - 2) * 16,779,264 = 509,528,064 bytes over
+    # 8 cards of 50 GB/s; FLOPs: 6 * 68,132,864 a token at 989e12 / 2. Both take as long at
+    shape = ddp.Shape(1000, 1024, 4, 8, 8, 128, 4096, True)
+    limit = 6 * 68_132_864 * 4_194_304 * 8 * 50e9 / (509_528_064 * 989e12 * 0.5)
+    largest = lambda work: ddp.largest_efficient(shape, "fsdp", 1, ddp.GPUS["h100"], work)
+    assert 2721 < limit < 2723                                               # GPUs
+    assert largest(ddp.Work(sequence_length=1, micro_batch_size=2048)) == 2048     # one micro-batch on 2,048: below it
+    beyond = ddp.Work(sequence_length=1, micro_batch_size=1024)                    # one micro-batch on 4,096: beyond it
+    row = ddp.plan(shape, "fsdp", 4096, 1, ddp.GPUS["h100"], beyond)
+    assert row["micro_batches"] == 1 and row["bound"] == "network"
+    assert row["efficiency"] == pytest.approx(limit / 4096, rel=0.01)
+    # fewer GPUs make more of these short passes, so only NVLink's speed helps: 6 * 68.1e6 * 1024 / 494.5e12 = 0.85 ms of
+    # compute for 3/4 * 509.5e6 / 450e9 = 0.85 ms on 4 GPUs, 7/8 * 509.5e6 / 450e9 = 0.99 ms on 8
+    assert largest(beyond) == 4
+
+
+def test_largest_efficient_minds_memory_batch_and_nodes():
+    shape, work = ddp.shape_from_config(TOY), ddp.Work(**TOY_WORK)
+    fast = ddp.GPU(flops=6.048e8, memory=4_600_000, nvlink=1e12, network=1e12)
+    # zero1's 8 * 344,500 / d on top of 4,344,800 fits 4,600,000 from d = 11 on; 32 GPUs take all 3,200 tokens at a time
+    assert [ddp.largest_efficient(shape, name, 1, fast, work) for name in ("ddp", "zero1", "fsdp")] == [None, 32, 32]
+    assert ddp.largest_efficient(shape, "zero1", 1, dataclasses.replace(fast, memory=4_344_800), work) is None
+    assert ddp.largest_efficient(shape, "fsdp", 2, fast, work) == 64         # 32 data ranks of two
+    fast = dataclasses.replace(fast, memory=4_800_000)                       # fsdp takes 3,366,600 + 5,512,000 / d
+    twelve = dataclasses.replace(work, batch_tokens=1200)                    # forward passes, so 4 data ranks, not 8
+    assert ddp.largest_efficient(shape, "fsdp", 1, fast, twelve) == 4
+    assert ddp.largest_efficient(shape, "fsdp", 1, dataclasses.replace(fast, per_node=6), work) == 4   # 8: no whole nodes
+
+
+def test_plan_command_reads_a_config_and_prints_a_row_for_every_strategy_and_grid(tmp_path, capsys):
+    # Llama 3.1 70B's config.json, as far as it matters
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="llama", vocab_size=128256, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, intermediate_size=28672, tie_word_embeddings=False)))
+    for config in (tmp_path, tmp_path / "config.json"):
+        code, out, err = call_plan(capsys, "--config", config, "--gpus", "1024", "--micro-batch-size", "1")
+        rows = [line.split() for line in out.splitlines() if line.startswith(("ddp", "zero1", "fsdp"))]
+        assert code == 0 and err == "" and "70,553,706,496 parameters" in out
+        assert [tuple(row[:4]) for row in rows] == [(name, str(t), "x", f"{1024 // t:,}") for t in (1, 2, 4, 8)
+                                                    for name in ("ddp", "zero1", "fsdp")]
+        assert rows[0][4:6] == ["too", "much"] and rows[0][-1] == "none"
+        # one micro-batch of fsdp: 6 * 2.101e9 + (80 * 8 - 2) * 0.8557e9 = 558.5e9 bytes; 7/8 over NVLink, 1/8 * 127/128 over
+        # the network
+        assert rows[2][7:9] == ["489", "69.3"]
+    code, out, _ = call_plan(capsys)
+    assert code == 0 and "Llama 3.1 8B (no --config, no sizes given): 8,030,261,248 parameters" in out
+    code, out, _ = call_plan(capsys, "--config", tmp_path, "--num_hidden_layers", "40", "--gpu", "b200", "--network", "25")
+    # a flag goes before the file: 40 * (8192 * 18,432 + 3 * 8192 * 28,672 + 2 * 8192) + 2 * 128,256 * 8192 + 8192
+    assert "36,327,530,496 parameters" in out and "NVLink 900 GB/s, network 25 GB/s" in out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--gpu", "h1000"], ["gpu is 'h1000'", "h100, h200, b200"]),
+    (["--gpus", "0"], ["gpus is 0", "at least 1"]),
+    (["--gpus", "12"], ["gpus is 12", "nodes of 8"]),
+    (["--gpus_per_node", "0"], ["gpus_per_node is 0"]),
+    (["--tensor_parallel", "3"], ["tensor_parallel is 3", "num_attention_heads 32"]),
+    (["--tensor_parallel", "16"], ["tensor_parallel is 16", "num_key_value_heads 8"]),
+    (["--gpus", "4", "--tensor_parallel", "8"], ["tensor_parallel is 8", "gpus 4"]),
+    (["--tensor_parallel", "0"], ["tensor_parallel is 0"]),
+    (["--batch_tokens", "4e6"], ["--batch_tokens", "4e6"]),
+    (["--micro_batch_size", "0"], ["micro_batch_size is 0"]),
+    (["--mfu", "50"], ["mfu is 50.0", "at most 1"]),
+    (["--network", "0"], ["network 0.0", "above 0"]),
+    (["--hidden_size", "64"], ["vocab_size is missing"]),
+    (["--micro_batchsize", "2"], ["unknown argument --micro_batchsize", "did you mean --micro_batch_size?"])])
+def test_plan_refuses_in_one_line(arguments, words, capsys):
+    assert refused(call_plan(capsys, *arguments), "ddp.py plan: ", *words)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, ["there is no config.json"]), ("{", ["config.json: "]), ("[]", ["config.json: "]),
+    (json.dumps({**TOY, "hidden_size": None}), ["config.json: hidden_size is missing"]),
+    (json.dumps({**TOY, "head_dim": "10"}), ["head_dim is '10'"]),
+    (json.dumps({**TOY, "num_hidden_layers": 0}), ["num_hidden_layers is 0"]),
+    (json.dumps({**TOY, "num_local_experts": 8}), ["num_local_experts is 8", "experts"]),
+    (json.dumps({**TOY, "num_experts": 128}), ["num_experts is 128", "experts"])])
+def test_plan_refuses_a_config_that_it_cannot_read(text, words, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert refused(call_plan(capsys, "--config", tmp_path), "ddp.py plan: ", str(tmp_path), *words)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2207,4 +2710,9 @@ def test_ground_floor_files_import_alone_from_an_empty_folder(tmp_path):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["ranks"]:                                           # see on_ranks
+        dist.init_process_group("gloo")
+        globals()[f"ranks_{sys.argv[2]}"](*sys.argv[3:])
+        gc.collect()                                                         # a group that lives on at exit can end in an abort
+        sys.exit(dist.destroy_process_group())
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -19,6 +19,7 @@ A run folder is a Hugging Face model folder plus args.json, log.jsonl (one objec
 --resume reads). Left out so far: sharding, Muon, several weighted sources, fused kernels.
 """
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
@@ -44,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from ddp import DDP
+from ddp import DDP, FSDP, ShardedOptimizer, bounds, gradient_norm, mesh, tensor_parallel, unsplit
 from model import (Parser, Transformer, flops_per_token, human, load_pretrained, num_parameters, preset, read_json,
                    save_pretrained, write_atomically)
 
@@ -95,6 +96,8 @@ class Settings:
     dtype: str = flag(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
     compile: bool = flag(bool, False, "compile the model with torch.compile")
     workers: int = flag(int, None, "processes that tokenize; none: all cores")
+    parallel: str = flag(str, "ddp", "what ranks share, beside the batch: ddp (nothing), zero1 (optimizer state), fsdp (everything)")
+    tensor_parallel: int = flag(int, 1, "ranks that divide every matrix among them; the others divide the batch")
     # what is kept
     out: str = flag(str, None, "run folder; none: runs/PRESET-DATE-TIME")
     resume: str = flag(str, None, "continue the run in this folder, with its settings")
@@ -108,7 +111,7 @@ class Settings:
 
 # A resumed run may change these freely: how long, where and how often, not what it is.
 FREE = set("steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
-           "stop_after wandb micro_batch_size max_skipped".split())
+           "stop_after wandb micro_batch_size max_skipped parallel tensor_parallel".split())
 # What a flag may change of a preset.
 SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size initializer".split()
 # Changing one of these makes it another run.
@@ -160,18 +163,21 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m * (-lr * go / (1 - beta1 ** t)), (v / (1 - beta2 ** t)).sqrt_().add_(eps))
 
 
-def decay_groups(module, weight_decay: float) -> list[dict]:
-    """Parameter groups in which matrices decay and vectors (norms, biases) do not."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def decay_groups(module, matrices: set[str], weight_decay: float) -> list[dict]:
+    """Parameter groups in which `matrices`, given by name (a shard does not show its shape), decay and all others (norms,
+    biases) do not."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [{"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0}]
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, on the device."""
+def clip_grad_norm_(parameters, max_norm: float, norm: Tensor | None = None) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, on the device.
+    `norm`: what it is, where this rank holds only a part of the gradients."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([g.float().norm() for g in gradients]).norm()
+    if norm is None:
+        norm = torch.stack([g.float().norm() for g in gradients]).norm()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for g in gradients:
         g.mul_(scale)
@@ -429,14 +435,42 @@ def peak_memory(device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(folder, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, **progress):
-    """Write the training state after `step` into folder/state: weights and optimizer state by parameter name, and the
-    numbers in `progress`. Only when it is whole does latest.json name it; then the one before goes."""
+@dataclass
+class Part:
+    """What this rank keeps of a parameter: `tensor`, under which the optimizer has its state, from number `first` on of the
+    flattened local tensor of `shape`. With tensor parallelism that one begins at `start` of dimension `dim`, of `size`."""
+    tensor: Tensor
+    first: int
+    shape: tuple
+    dim: int = 0
+    start: int = 0
+    size: int | None = None
+
+
+def parts_of(model, parallel, optimizer, shapes: dict, divided: dict, tensor_group) -> dict[str, Part]:
+    """This rank's part of every parameter, by name. shapes: of the local tensors; divided: see ddp.tensor_parallel."""
+    if isinstance(parallel, FSDP):
+        held = [(name, shard.parameter, shard.parts[shard.rank][0]) for name, shard in parallel.shards().items()]
+    elif isinstance(optimizer, ShardedOptimizer):
+        names = {p: name for name, p in model.named_parameters()}
+        held = [(names[p], piece, first) for p, first, piece in optimizer.pieces]
+    else:
+        held = [(name, p, 0) for name, p in model.named_parameters()]
+    place = lambda name: (divided[name][0], bounds(divided[name][1], tensor_group)[0], divided[name][1]) if name in divided else ()
+    return {name: Part(tensor, first, tuple(shapes[name]), *place(name)) for name, tensor, first in held}
+
+
+def save_checkpoint(folder, parts: dict[str, Part], optimizer: torch.optim.Optimizer, step: int, rank: int = 0, **progress) -> str:
+    """Write this rank's parts after `step`, weights and optimizer state by parameter name, and the numbers in `progress`,
+    into folder/state; returns the file's name. It counts when `seal_checkpoint` has named it."""
     state = Path(folder, "state")
     state.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step}.rank_0.pt"
-    moments = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    content = {"step": step, "model": model.state_dict(), "optimizer": moments, "progress": progress}
+    name = f"step_{step}.rank_{rank}.pt"
+    own = lambda t: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()   # torch.save writes all that a view looks at
+    content = {"step": step, "progress": progress, "parts": {
+        name: {**vars(part), "tensor": own(part.tensor.detach()),
+               "state": {key: own(value) for key, value in optimizer.state.get(part.tensor, {}).items()}}
+        for name, part in parts.items()}}
     temporary = state / f"{name}.tmp.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -447,38 +481,83 @@ def save_checkpoint(folder, model: torch.nn.Module, optimizer: torch.optim.Optim
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, state / name)
-        write_atomically(state / "latest.json", json.dumps({"step": step, "files": [name]}).encode())
     finally:
         temporary.unlink(missing_ok=True)
+    return name
+
+
+def seal_checkpoint(folder, step: int, files: list[str]):
+    """All files of a state are there: have latest.json name them, then let the state before go."""
+    state = Path(folder, "state")
+    write_atomically(state / "latest.json", json.dumps({"step": step, "files": files}).encode())
     for old in state.glob("step_*"):
-        if old.name != name:
+        if old.name not in files:
             old.unlink()
 
 
-def load_checkpoint(folder, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read the newest whole state of a run into `model` and `optimizer`; returns it. ValueError when there is none."""
+@torch.no_grad()
+def load_checkpoint(folder, weights: dict[str, Part] = {}, states: dict[str, Part] = {},
+                    optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Read the newest whole state of a run, whatever number of ranks and strategy wrote it: each parameter is put together
+    from the files, and this rank takes its part, of the weights and of the optimizer's state. Returns step and progress.
+    ValueError when there is none, or it is another model's."""
     latest = Path(folder, "state", "latest.json")
     if not latest.exists():
         raise ValueError(f"{folder} holds no checkpoint (no state/latest.json), so there is nothing to resume; start it again with --out {folder}")
     if not read_json(latest).get("files"):
         raise ValueError(f"{latest} names no checkpoint; it is not what train.py writes")
-    path = latest.parent / read_json(latest)["files"][0]
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
-    if model is not None:
-        model.load_state_dict(content["model"])
-    if optimizer is not None:
-        for name, p in model.named_parameters():
-            if name in content["optimizer"]:
-                optimizer.state[p] = {key: value.to(p.device) for key, value in content["optimizer"][name].items()}
-    return content
+    contents = []
+    for path in (latest.parent / name for name in read_json(latest)["files"]):
+        try:
+            contents.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))   # read where it is looked at
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+        if "parts" not in contents[-1]:
+            raise ValueError(f"{path} was written by an earlier version of train.py, and cannot be resumed; --init_from {folder} "
+                             "starts a new run from its weights")
+
+    def pieces(name, part):
+        found = [content["parts"][name] for content in contents if name in content["parts"]]
+        full = lambda shape, dim, size: [size if size and d == dim else n for d, n in enumerate(shape)]
+        want, have = full(part.shape, part.dim, part.size), found and full(*(found[0][key] for key in ("shape", "dim", "size")))
+        if want != have:
+            raise ValueError(f"{latest.parent}: {name} should have shape {want} and is {have or 'missing'}; this is another model's")
+        return found, want
+
+    def take(part, found, shape, values):
+        """This rank's part of a tensor of `shape`, whose pieces are `found` and hold `values`."""
+        whole, blocks = torch.empty(shape, dtype=values[0].dtype), {}
+        for piece, value in zip(found, values):                          # blocks: the local tensors of tensor-parallel ranks
+            block = blocks.setdefault(piece["start"], torch.empty(piece["shape"], dtype=value.dtype))
+            block.view(-1)[piece["first"]:piece["first"] + value.numel()] = value.reshape(-1)
+        for start, block in blocks.items():
+            whole.narrow(found[0]["dim"], start, block.shape[found[0]["dim"]]).copy_(block)
+        local = whole.narrow(part.dim, part.start, part.shape[part.dim])
+        return local.reshape(-1)[part.first:part.first + part.tensor.numel()].view_as(part.tensor).to(part.tensor.device)
+
+    for name, part in weights.items():
+        found, shape = pieces(name, part)
+        part.tensor.copy_(take(part, found, shape, [piece["tensor"] for piece in found]))
+    for name, part in states.items():
+        found, shape = pieces(name, part)
+        for key, value in found[0]["state"].items():                     # a number for all, or one for each number of the parameter
+            optimizer.state[part.tensor][key] = value.to(part.tensor.device) if value.dim() == 0 else take(
+                part, found, shape, [piece["state"][key] for piece in found])
+    return {key: contents[0][key] for key in ("step", "progress")}
 
 
-def export(model: Transformer, folder, tokenizer: bytes | None):
+def whole_weights(model, parallel, divided: dict, ranks: "Ranks") -> dict[str, Tensor]:
+    """All weights on the first rank, gathered from those that share them; the other ranks get what they need not keep."""
+    tensors = parallel.full_state_dict(only_rank=0) if isinstance(parallel, FSDP) else model.state_dict()
+    if ranks.data_rank == 0:
+        for name, (dim, size) in divided.items():
+            tensors[name] = unsplit(tensors[name].to(model.cos.device), dim, size, ranks.tensor).cpu()
+    return tensors
+
+
+def export(model: Transformer, tensors: dict[str, Tensor], folder, tokenizer: bytes | None):
     """Write the model folder that others open: weights, config, and the content of its tokenizer.json."""
-    save_pretrained(model, folder)
+    save_pretrained(model, folder, tensors)
     if tokenizer:
         names = {key: "<|endoftext|>" for key in ("bos_token", "eos_token") if model.config.eos_token_id is not None}
         write_atomically(Path(folder, "tokenizer_config.json"), json.dumps({
@@ -492,24 +571,28 @@ def export(model: Transformer, folder, tokenizer: bytes | None):
 
 @torch.no_grad()
 def evaluate(model: Transformer, data: TokenDataset, bytes_of: Tensor | None, batch_size: int, autocast,
-             limit: int | None = None, rank: int = 0, ranks: int = 1) -> tuple[float, float | None]:
+             limit: int | None = None, ranks: "Ranks | None" = None) -> tuple[float, float | None]:
     """Mean loss in nats per token over `data`, the work shared out over the ranks, and bits per byte: the same nats, in
     bits, over the bytes that the target tokens stand for.
 
     `limit`: about so many tokens, in sequences spread evenly over the file, stand for all. bytes_of (V): the bytes of each
     token; without it there is no second figure."""
     device = model.cos.device
-    count = min(len(data), max(1, limit // data.sequence_length)) if limit else len(data)
-    mine = np.linspace(0, len(data) - 1, count).astype(int)[rank::ranks]
+    rank, count = (ranks.data_rank, ranks.data_count) if ranks else (0, 1)
+    sequences = min(len(data), max(1, limit // data.sequence_length)) if limit else len(data)
+    chosen = np.linspace(0, len(data) - 1, sequences).astype(int)
+    mine, rounds = chosen[rank::count], -(-sequences // count)            # ranks that share weights make equally many passes
     total = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for i in tqdm(range(0, len(mine), batch_size), desc="validation", leave=False, disable=None if rank == 0 else True):
-        tokens, targets = data.sequences(mine[i:i + batch_size])
+    for i in tqdm(range(0, rounds, batch_size), desc="validation", leave=False, disable=None if not ranks or ranks.rank == 0 else True):
+        part = mine[i:i + batch_size]
+        tokens, targets = data.sequences(part if len(part) else chosen[:1])
         size = bytes_of[targets].sum().item() if bytes_of is not None else 0
         with autocast():
             loss = model(tokens.to(device), targets.to(device))
-        total += torch.stack([loss.to(total) * targets.numel(), total.new_tensor(targets.numel()), total.new_tensor(size)])
-    if ranks > 1:
-        dist.all_reduce(total)
+        if len(part):
+            total += torch.stack([loss.to(total) * targets.numel(), total.new_tensor(targets.numel()), total.new_tensor(size)])
+    if count > 1:
+        dist.all_reduce(total, group=ranks.data)
     nats, tokens, size = total.tolist()
     return nats / tokens, nats / math.log(2) / size if size else None
 
@@ -524,35 +607,54 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 # The loop
 
 class Ranks:
-    """Who this process is among those that torchrun started."""
+    """Who this process is among those that torchrun started, and with whom it shares what (see ddp.mesh)."""
 
     def __init__(self):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.words = None                                                # a group for a few words between hosts
+        self.data_rank, self.data_count, self.started = 0, 1, False
+        self.words = self.data = self.tensor = None                      # words: a group for a few words between hosts
 
-    def start(self, device: torch.device):
-        """Join the others; patient, because rank 0 may be tokenizing a large text first."""
+    def start(self, device: torch.device, alone: bool, tensor_parallel: int):
+        """Join the others; patient, because rank 0 may be tokenizing a large text first. `alone`: even if there are none."""
+        if self.count == 1 and not alone and tensor_parallel == 1:
+            return
+        if self.count % tensor_parallel:
+            raise ValueError(f"{self.count} rank(s) cannot be divided into tensor-parallel groups of {tensor_parallel}")
+        patience = timedelta(hours=12)
+        self.started = not dist.is_initialized()
+        if self.started:
+            # a single process needs nobody to tell it where the others are
+            where = dict(store=dist.HashStore(), rank=0, world_size=1) if self.count == 1 else {}
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, **where)
+        self.words = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+        self.data, self.tensor = mesh(tensor_parallel)
+        self.data_rank, self.data_count = dist.get_rank(self.data), dist.get_world_size(self.data)
+
+    def stop(self):
+        """Part, when all are here."""
+        if self.started:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def everywhere(self, make) -> list:
+        """What make() returns on each rank, on every rank; where it ends in a ValueError or OSError, the first of them."""
+        try:
+            result = make()
+        except (ValueError, OSError) as error:
+            result = error
+        results = [result]
         if self.count > 1:
-            patience = timedelta(hours=12)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-            self.words = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+            results = [None] * self.count
+            dist.all_gather_object(results, result, self.words)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
 
     def from_first(self, make):
         """What make() returns on rank 0, on every rank; its ValueError or OSError too."""
-        result = None
-        if self.rank == 0:
-            try:
-                result = make()
-            except (ValueError, OSError) as error:
-                result = error
-        if self.count > 1:
-            box = [result]
-            dist.broadcast_object_list(box, src=0, group=self.words)
-            result = box[0]
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return self.everywhere(lambda: make() if self.rank == 0 else None)[0]
 
     def agree(self, *numbers: float) -> list[float]:
         """The largest of each number over all ranks, by way of the hosts: the device does not wait."""
@@ -667,7 +769,7 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     if s.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     positive = ("steps tokens max_seconds batch_tokens micro_batch_size sequence_length learning_rate clip log_every "
-                "eval_every eval_tokens save_every stop_after vocab_size max_skipped workers").split()
+                "eval_every eval_tokens save_every stop_after vocab_size max_skipped workers tensor_parallel").split()
     for name in positive:
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must be above 0")
@@ -677,7 +779,7 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name, fine in {"warmup": s.warmup <= 1, "decay": s.decay <= 1, "beta1": s.beta1 < 1, "beta2": s.beta2 < 1}.items():
         if not fine:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
-    for name, choices in {"schedule": ("cosine", "wsd"), "dtype": (None, "bfloat16", "float32")}.items():
+    for name, choices in {"schedule": ("cosine", "wsd"), "dtype": (None, "bfloat16", "float32"), "parallel": ("ddp", "zero1", "fsdp")}.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"--{name} is {getattr(s, name)!r}; it must be {' or '.join(filter(None, choices))}")
     return s
@@ -809,8 +911,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     """Run the whole of it; returns the run folder when the budget is used up. `saved`: the args.json of a run to resume."""
     ranks = Ranks()
     device = pick_device(settings, ranks)
-    ranks.start(device)
     s = resolve(settings, device)
+    ranks.start(device, s.parallel != "ddp", s.tensor_parallel)
     first = ranks.rank == 0
     say = print if first else lambda *words, **more: None
 
@@ -827,24 +929,40 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     s.learning_rate = s.learning_rate or 0.5 / config.hidden_size        # 4e-3 at width 128, 6.5e-4 at GPT-2's 768
     if s.steps is None and s.tokens is None and s.max_seconds is None:
         s.tokens = 4.0 * len(training.tokens)                            # more epochs teach little (arXiv 2305.16264)
-    batch, micro = split_batch(s, length, ranks.count, 32 if device.type == "cuda" else 8)
-    share = batch // ranks.count                                         # sequences of a batch that this rank sees
+    batch, micro = split_batch(s, length, ranks.data_count, 32 if device.type == "cuda" else 8)
+    share = batch // ranks.data_count                                    # sequences of a batch that this rank sees
     by_clock = s.max_seconds is not None
     total = s.max_seconds if by_clock else s.steps or math.ceil(s.tokens / (batch * length))
-    model.to(device)
-    optimizer = AdamW(decay_groups(model, s.weight_decay), lr=s.learning_rate, betas=(s.beta1, s.beta2))
-    parallel = DDP(model) if ranks.count > 1 else model
-    forward = torch.compile(parallel) if s.compile else parallel
+    matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
+    divided = tensor_parallel(model.to(device), ranks.tensor) if s.tensor_parallel > 1 else {}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    out, args, peak = ranks.from_first(lambda: open_run(s, saved, tokens_folder, training.fingerprint(), device))
+    bfloat16 = args["dtype"] == "bfloat16"
+
+    # --- who holds what of it (see ddp.py)
+    options = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2))
+    if s.parallel == "fsdp":                                             # a layer travels in bfloat16, its gradients in float32
+        parallel = FSDP(model, torch.bfloat16 if bfloat16 else None, torch.float32, ranks.data, device=device)
+    else:
+        parallel = DDP(model.to(device), group=ranks.data) if ranks.data_count > 1 else model.to(device)
+    make = AdamW if s.parallel != "zero1" else lambda groups, **options: ShardedOptimizer(groups, AdamW, ranks.data, **options)
+    optimizer = make(decay_groups(model, matrices, s.weight_decay), **options)
+    places = lambda optimizer: parts_of(model, parallel, optimizer, shapes, divided, ranks.tensor)
+    parameters = dict(model.named_parameters())
+    split = {parameters[name] for name in divided if name in parameters}    # a tied head is listed under the embedding's name
+    if s.compile and s.parallel == "fsdp":                               # what gathers and frees stays outside of the graphs
+        for layer in model.model["layers"]:
+            layer.forward = torch.compile(layer.forward)
+    forward = torch.compile(parallel) if s.compile and s.parallel != "fsdp" else parallel
 
     # --- the run folder, new or resumed
-    out, args, peak = ranks.from_first(lambda: open_run(s, saved, tokens_folder, training.fingerprint(), device))
     step, seconds, skipped = 0, 0.0, 0
     if saved is not None:
-        content = load_checkpoint(out, model, optimizer)
+        content = load_checkpoint(out, places(None), places(optimizer), optimizer)
         step, seconds, skipped = content["step"], content["progress"]["seconds"], content["progress"]["skipped"]
         if (seconds if by_clock else step) >= total:
             say(f"{out} is finished ({step} steps, {seconds:.0f} seconds); a larger --steps or --max_seconds extends it")
-            return None
+            return ranks.stop()
         explain_changes(say, s, saved, step, seconds, batch * length)
     tokenizer = tokens_folder / "tokenizer.json"
     tokenizer_json = tokenizer.read_bytes() if tokenizer.exists() else None  # the run's own from now on, whatever becomes of corpus/
@@ -852,11 +970,13 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         cut_log(out, step)
         write_atomically(out / "args.json", json.dumps(args, indent=2).encode())
     bytes_of = token_bytes(Tokenizer.load(tokenizer), config.vocab_size) if tokenizer.exists() else None
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16) if args["dtype"] == "bfloat16" else nullcontext()
+    # FSDP gathers weights in bfloat16 already
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 and s.parallel != "fsdp" else nullcontext()
     say(f"model    {human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and "
         f"head): {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}\n"
         f"data     {len(training.tokens):,} tokens to train on, {len(validation.tokens):,} to validate, in {tokens_folder}\n"
-        f"batch    {batch} sequences of {length} tokens: {ranks.count} rank(s) x {share // micro} forward pass(es) x {micro}\n"
+        f"batch    {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {share // micro} forward pass(es) x {micro}\n"
+        + (f"ranks    {ranks.count}: {s.parallel} over {ranks.data_count}, matrices divided over {s.tensor_parallel}\n" if ranks.count > 1 else "") +
         f"machine  {device.type}, {args['dtype']}, {peak / 1e12:.3g} TFLOP/s at best\n"
         f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(total * batch * length)} tokens")
         + f", from step {step}; run folder {out}", flush=True)
@@ -878,12 +998,19 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     def save():
         meter.catch_up()
         meter.write()
-        if first:
-            try:
-                save_checkpoint(out, model, optimizer, step, seconds=clock(), skipped=int(skipped[0]))
-                export(model, out, tokenizer_json)
-            except OSError as error:
-                raise OSError(f"step {step} could not be saved: {describe(error)}. {last_checkpoint(out)}") from None
+        tensors = whole_weights(model, parallel, divided, ranks)
+        writes = ranks.data_rank == 0 or s.parallel != "ddp"             # under DDP the others have the same
+
+        def finish(files):
+            seal_checkpoint(out, step, files)
+            export(model, tensors, out, tokenizer_json)
+
+        try:
+            files = ranks.everywhere(lambda: save_checkpoint(out, places(optimizer), optimizer, step, ranks.rank, seconds=clock(),
+                                                             skipped=int(skipped[0])) if writes else None)
+            ranks.from_first(lambda: finish([name for name in files if name]))
+        except OSError as error:
+            raise OSError(f"step {step} could not be saved: {describe(error)}. {last_checkpoint(out)}") from None
         meter.mark = time.perf_counter()
 
     with bar:                                                            # closed before an error is told
@@ -899,7 +1026,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             due = lambda every: started and (step % every == 0 if every else int(10 * position / total) > int(10 * before / total))
             if due(s.eval_every) and position < total and stop < 2:      # a signal is in a hurry, --stop_after is not
                 meter.catch_up()
-                meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks.rank, ranks.count))
+                meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, s.eval_tokens, ranks))
             if stop or started and position >= total:
                 break
             pause = due(s.eval_every) or due(s.save_every)
@@ -913,18 +1040,20 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             rate = learning_rate(middle, total, s.learning_rate, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
             loss = torch.zeros((), device=device)
             for i in range(0, share, micro):
-                tokens, targets = map(to_device, training.batch(step * batch + ranks.rank * share + i, micro))
+                tokens, targets = map(to_device, training.batch(step * batch + ranks.data_rank * share + i, micro))
                 last = i + micro == share
-                with nullcontext() if last or ranks.count == 1 else parallel.no_sync():
+                with nullcontext() if last or not isinstance(parallel, DDP) else parallel.no_sync():
                     with autocast():
                         part = forward(tokens, targets) * (micro / share)
                     part.backward()
                 loss += part.detach()
-            if ranks.count > 1:
+            if parallel is not model:
                 parallel.finish_gradient_synchronization()
-                dist.all_reduce(loss)
-                loss /= ranks.count
-            norm = clip_grad_norm_(model.parameters(), s.clip)
+            if ranks.data_count > 1:
+                dist.all_reduce(loss, group=ranks.data)
+                loss /= ranks.data_count
+            norm = gradient_norm(model.parameters(), s.parallel == "fsdp", ranks.data, split, ranks.tensor)
+            clip_grad_norm_(model.parameters(), s.clip, norm)
             bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -936,12 +1065,10 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
 
         meter.catch_up()
         if position >= total:
-            meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, None, ranks.rank, ranks.count))
+            meter.validate(*evaluate(model, validation, bytes_of, micro, autocast, None, ranks))
         save()
     interrupt.restore()
-    if ranks.count > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    ranks.stop()
     if position >= total:
         if first:
             print_result(meter.record, out)
@@ -1032,8 +1159,11 @@ def main():
     rank = int(os.environ.get("RANK", 0))
 
     def fail(code, error):
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:                    # its neighbours fail the same way; one line is enough
-            print(f"train.py: {describe(error)}", file=sys.stderr, flush=True)
+        # mostly all ranks fail the same way: one line is enough, and torchrun ends the others when its writer is gone
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(1)
+        print(f"train.py: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
         sys.exit(code)
 
     try:
@@ -1045,6 +1175,7 @@ def main():
             return plot(args.runs, args.out)
         settings, saved = parse(sys.argv[1:])
         out = train(settings, saved)
+        gc.collect()                                                     # a process group that lives on at exit can end in an abort
         if out and rank == 0 and settings.data is None:
             prompts = ("import os\n", "def __init__(self", "class Error(Exception):")
             run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
@@ -1053,6 +1184,10 @@ def main():
         fail(130, ValueError("interrupted; what was written before is as it was"))
     except FloatingPointError as error:
         fail(1, error)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection (closed|reset)", str(error))):
+            raise
+        fail(1, ValueError(f"rank {rank} lost another rank, whose own error stands elsewhere ({str(error).splitlines()[0]:.100})"))
     except (ValueError, OSError) as error:
         fail(2, error)
 

@@ -453,11 +453,14 @@ class Flat:
             self.install(self.wholes)
 
     def free(self):
-        if self.gathered:
-            self.finish_gather() if self.gathering else None
-            self.full.untyped_storage().resize_(0)
-            self.gathered = False
-            self.install(self.shards)
+        if not self.gathered:
+            return
+        if self.gathering:                                                   # for nothing: the module was not called
+            self.gathering.wait()
+            self.gathering = None
+        self.full.untyped_storage().resize_(0)
+        self.gathered = False
+        self.install(self.shards)
 
     def take(self, i: int):
         """Move the gradient of the i-th parameter to its place in `gradient`, divided by N."""
@@ -682,7 +685,10 @@ class FSDP(nn.Module):
         flats = [flat for flat in self._flats() if flat.trainable]
         for flat in flats:
             flat.finish_reduce()
-        used = torch.tensor([float(i in flat.used) for flat in flats for i in range(len(flat.shards))], device=flats[0].full.device)
+        used = torch.ones(sum(len(flat.shards) for flat in flats), device=flats[0].full.device)
+        for i, mine in enumerate(i in flat.used for flat in flats for i in range(len(flat.shards))):
+            if not mine:
+                used[i] = 0                                                  # a fill on the device, not a copy to it
         dist.all_reduce(used, group=self.group)
         for flat, used_somewhere in zip(flats, used.split([len(flat.shards) for flat in flats])):
             for i, shard in enumerate(flat.shards):
@@ -964,8 +970,8 @@ def tensor_parallel(model: nn.Module, group) -> dict[str, tuple[int, int]]:
     the feed-forward network, rows of the vocabulary. Before DDP or FSDP. Returns the parameters that are divided: which
     dimension, and its whole size.
 
-    The embedding's rows are looked up where they are and summed; `lm_head` joins its logits, for sampling; the loss does
-    without them, through `model.ops.linear_cross_entropy`. ValueError when heads do not divide, or ranks hold different models."""
+    The embedding's rows are looked up where they are and summed; `lm_head` joins its logits, for sampling; the loss of a model
+    that has `ops.linear_cross_entropy` (model.py's) does without them. ValueError when heads do not divide, or ranks hold different models."""
     ranks = dist.get_world_size(group)
     start_alike(model, group, "tensor_parallel")
     for name in ("num_attention_heads", "num_key_value_heads"):
@@ -1003,10 +1009,11 @@ def tensor_parallel(model: nn.Module, group) -> dict[str, tuple[int, int]]:
             cut(name, module, "weight", 0)
             module.forward = lambda x, module=module, size=size: JoinRanks.apply(
                 F.linear(CopyToRanks.apply(x, group), module.weight), size, group)
-            model.ops = replace(model.ops, linear_cross_entropy=lambda hidden, weight, targets, size=size:
-                                vocab_parallel_cross_entropy(hidden, weight, targets, size, group))
+            if hasattr(model, "ops"):
+                model.ops = replace(model.ops, linear_cross_entropy=lambda hidden, weight, targets, size=size:
+                                    vocab_parallel_cross_entropy(hidden, weight, targets, size, group))
         if hasattr(module, "q_proj") or hasattr(module, "gate_proj"):        # the input is copied once for all its products
-            module.register_forward_pre_hook(lambda module, args: _enter(module, args, group))
+            module.register_forward_pre_hook(lambda module, args, kwargs: _enter(module, args, kwargs, group), with_kwargs=True)
             module.register_forward_hook(lambda module, args, output: _leave(module), always_call=True)
     return divided
 
@@ -1022,11 +1029,13 @@ def _embed(tokens, weight, size, group):
     return SumOverRanks.apply(rows.where(here[..., None], 0), group)
 
 
-def _enter(module, args, group):
+def _enter(module, args, kwargs, group):
     for norm in (getattr(module, "q_norm", None), getattr(module, "k_norm", None)):
         if norm is not None:     # a weight that all heads share: each rank's heads give a part of its gradient
             norm.__dict__["weight"] = CopyToRanks.apply(norm._parameters["weight"], group)
-    return (CopyToRanks.apply(args[0], group), *args[1:])
+    if args:
+        return (CopyToRanks.apply(args[0], group), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": CopyToRanks.apply(kwargs["hidden_states"], group)}     # as transformers calls it
 
 
 def _leave(module):
@@ -1260,7 +1269,7 @@ def observe(action, device, ranks: int) -> tuple[float, dict[str, list]]:
             continue
         elif name.startswith(("gloo:", "nccl")):
             rows["communication"].append((name, e["ts"], e["ts"] + e["dur"]))
-        elif e.get("cat") in ("cpu_op", "kernel"):
+        elif e.get("cat") == "kernel" or name.startswith("aten::"):           # not what calls these, which may be waiting
             rows["compute"].append((name, e["ts"], e["ts"] + e["dur"]))
     return sent, rows
 

@@ -8,6 +8,7 @@ it trains on a text file of yours, or on a folder of tokens (train.npy, val.npy,
     torchrun train.py                                                   # one process; --nproc_per_node=8 for eight
     torchrun train.py --data book.txt --preset tinystories --steps 2000
     torchrun train.py --resume runs/NAME                                # after Ctrl-C, kill -9, or to extend a run
+    torchrun --nproc_per_node=8 train.py --parallel fsdp                # weights, gradients and moments divided over eight GPUs
     python train.py plot runs/*                                         # loss curves
 
 The file goes in the order of a run: settings, optimizer, learning rate, batches, earlier stages, checkpoints, evaluation,
@@ -16,7 +17,8 @@ number of processes nor an interruption changes what is learned. Nothing waits f
 read one step late. And every file appears by a rename, so that a kill at any moment leaves a run that can be resumed.
 
 A run folder is a Hugging Face model folder plus args.json, log.jsonl (one object per logged step) and state/ (what
---resume reads). Left out so far: sharding, Muon, several weighted sources, fused kernels.
+--resume reads). Who holds what of the model when there are several ranks is ddp.py's affair. Left out so far: Muon, several
+weighted sources, fused kernels.
 """
 import ctypes
 import gc

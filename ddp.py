@@ -271,6 +271,25 @@ class DDP(nn.Module):
 ELEMENTWISE = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "Lion"}
 
 
+def hand_over(outer, mine: list[Tensor]):
+    """Give the optimizer inside `outer` the newest of outer's parameter groups, with `mine` for its parameters. Outer's group
+    shows the inner one's defaults from then on."""
+    ours = outer.param_groups[-1]
+    if outer.optimizer is None:
+        outer.optimizer = outer.make([{**ours, "params": mine}])
+    else:
+        outer.optimizer.add_param_group({**ours, "params": mine})
+    ours.update({key: value for key, value in outer.optimizer.param_groups[-1].items() if key != "params"})
+    outer.state = outer.optimizer.state
+
+
+def inner_step(outer, *args, **kwargs):
+    """A step of the optimizer inside `outer`, with the learning rates and so on that stand in outer's groups."""
+    for ours, theirs in zip(outer.param_groups, outer.optimizer.param_groups):
+        theirs.update({key: value for key, value in ours.items() if key != "params"})
+    return outer.optimizer.step(*args, **kwargs)
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """Any torch optimizer, each rank running it on its share of the parameters and then sending the others its results.
 
@@ -293,22 +312,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def add_param_group(self, param_group: dict):
         super().add_param_group(param_group)
-        ours, mine = self.param_groups[-1], []
         kinds = {}
-        for p in ours["params"]:
+        for p in self.param_groups[-1]["params"]:
             if p.requires_grad:
                 kinds.setdefault((p.dtype, p.device), []).append(p)
-        for parameters in kinds.values():
-            mine += self._share(parameters)
-        theirs = {**ours, "params": mine}
-        if self.optimizer is None:
-            self.optimizer = self.make([theirs])
-        else:
-            self.optimizer.add_param_group(theirs)
-        for key, value in self.optimizer.param_groups[-1].items():           # the optimizer's own defaults, to look at and change
-            if key != "params":
-                ours[key] = value
-        self.state = self.optimizer.state
+        mine = [piece for parameters in kinds.values() for piece in self._share(parameters)]
+        hand_over(self, mine)
 
     def _share(self, parameters) -> list[Tensor]:
         """Lay parameters out in a flat buffer; returns this rank's pieces of them."""
@@ -342,11 +351,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, *args, **kwargs):
         """Update this rank's share, then gather everybody's. Arguments go to the optimizer's own step."""
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups):
-            theirs.update({key: value for key, value in ours.items() if key != "params"})
         for p, start, piece in self.pieces:
             piece.grad = None if p.grad is None else p.grad.reshape(-1)[start:start + piece.numel()].view_as(piece)
-        result = self.optimizer.step(*args, **kwargs)
+        result = inner_step(self, *args, **kwargs)
         for _, _, piece in self.pieces:
             piece.grad = None                                                # or zero_grad() would free no memory
         under_way = []
@@ -759,22 +766,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def add_param_group(self, param_group: dict):
         super().add_param_group(param_group)
-        ours, mine = self.param_groups[-1], []
-        for p in sorted(ours["params"], key=lambda p: -self.shard_of[p].shape.numel()):   # the largest first, to the idlest
+        mine = []
+        for p in sorted(self.param_groups[-1]["params"], key=lambda p: -self.shard_of[p].shape.numel()):   # the largest first, to the idlest
             self.owners[p] = self.loads.index(min(self.loads))
             self.loads[self.owners[p]] += self.shard_of[p].shape.numel()
             if self.owners[p] == self.rank:
                 self.wholes[p] = nn.Parameter(p.new_empty(self.shard_of[p].shape))
                 mine.append(self.wholes[p])
-        theirs = {**ours, "params": mine}
-        if self.optimizer is None:
-            self.optimizer = self.make([theirs])
-        else:
-            self.optimizer.add_param_group(theirs)
-        for key, value in self.optimizer.param_groups[-1].items():
-            if key != "params":
-                ours[key] = value
-        self.state = self.optimizer.state
+        hand_over(self, mine)
         self._drop_wholes()
 
     def _drop_wholes(self):
@@ -788,8 +787,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, *args, **kwargs):
         """Update all matrices. Arguments go to the optimizer's own step, on every rank."""
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups):
-            theirs.update({key: value for key, value in ours.items() if key != "params"})
         going = [p for group in self.param_groups for p in group["params"] if p.grad is not None]     # the same on all ranks
         of = [[p for p in going if self.owners[p] == r] for r in range(self.ranks)]
         mine, everybody = of[self.rank], range(self.ranks)
@@ -809,7 +806,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             parts = [dict(zip(mine, part.split([self._length(p, r) for p in mine]))) for r, part in enumerate(received)]
             for p in mine:
                 setattr(self.wholes[p], name, torch.cat([part[p] for part in parts]).view(self.shard_of[p].shape))
-        result = self.optimizer.step(*args, **kwargs)
+        result = inner_step(self, *args, **kwargs)
         sent = collect(self.wholes[p].view(-1)[slice(*self.shard_of[p].parts[r])] for r in everybody for p in mine)
         for r, part in enumerate(exchange(sent, to_shard, to_owner)):
             for p, new in zip(of[r], part.split([self._length(p, self.rank) for p in of[r]])):

@@ -618,18 +618,17 @@ class Ranks:
         self.words = self.data = self.tensor = None                      # words: a group for a few words between hosts
 
     def start(self, device: torch.device, alone: bool, tensor_parallel: int):
-        """Join the others; patient, because rank 0 may be tokenizing a large text first. `alone`: even if there are none."""
+        """Join the others. `alone`: even if there are none."""
         if self.count == 1 and not alone and tensor_parallel == 1:
             return
         if self.count % tensor_parallel:
             raise ValueError(f"{self.count} rank(s) cannot be divided into tensor-parallel groups of {tensor_parallel}")
-        patience = timedelta(hours=12)
         self.started = not dist.is_initialized()
         if self.started:
             # a single process needs nobody to tell it where the others are
             where = dict(store=dist.HashStore(), rank=0, world_size=1) if self.count == 1 else {}
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, **where)
-        self.words = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **where)
+        self.words = dist.new_group(backend="gloo", timeout=timedelta(hours=12))     # patient: rank 0 may be tokenizing a large text
         self.data, self.tensor = mesh(tensor_parallel)
         self.data_rank, self.data_count = dist.get_rank(self.data), dist.get_world_size(self.data)
 

@@ -518,7 +518,8 @@ class Unit:
 
     def __init__(self, module: nn.Module, flats: list[Flat]):
         self.module, self.flats = module, flats
-        self.in_backward = False                     # its backward pass is under way
+        self.call = None                             # the latest: has the backward pass reached it?
+        self.in_backward = 0                         # how many calls the backward pass is in
         self.due = False                             # has gradients, or may have, that were not sent off yet
 
     def start_gather(self):
@@ -611,7 +612,8 @@ class FSDP(nn.Module):
         return tuple(map(cast, args)), {name: cast(v) for name, v in kwargs.items()}
 
     def _after_everything(self, module, args, output):
-        if not torch.is_grad_enabled() and not self.root_was_here:           # an evaluation: nothing will be needed again
+        # after an evaluation, or a forward pass that failed (it has no output), nothing will be needed again
+        if output is None or not torch.is_grad_enabled() and not self.root_was_here:
             for unit in [*self.units, self.root]:
                 unit.free()
 
@@ -625,9 +627,10 @@ class FSDP(nn.Module):
             self.units[i + 1].start_gather()
         if torch.is_grad_enabled():
             unit.due = True
+            unit.call = SimpleNamespace(reached=False)                       # a unit may be called more than once
             if inputs := tensors_of([args, kwargs]):
                 # the gradients of a unit's inputs are the last that its backward pass makes
-                torch.autograd.graph.register_multi_grad_hook(inputs, lambda _: self._after_backward(i))
+                torch.autograd.graph.register_multi_grad_hook(inputs, lambda _, call=unit.call: self._after_backward(i, call))
         return args, kwargs
 
     def _after_forward(self, i, output):
@@ -635,24 +638,28 @@ class FSDP(nn.Module):
         if unit.in_backward:
             return
         if results:
-            torch.autograd.graph.register_multi_grad_hook(results, lambda _: self._before_backward(i), mode="any")
+            torch.autograd.graph.register_multi_grad_hook(
+                results, lambda _, call=unit.call: self._before_backward(i, call), mode="any")
         if not results or i + 1 < len(self.units):                           # the last unit's backward pass follows at once
             unit.free()
 
     # --- backward
 
-    def _before_backward(self, i):
-        unit = self.units[i]
-        unit.in_backward = True
+    def _before_backward(self, i, call):
+        unit, call.reached = self.units[i], True
+        unit.in_backward += 1
         unit.finish_gather()
         if i + 1 == len(self.units) and i > 0:
             self.units[i - 1].start_gather()
 
-    def _after_backward(self, i):
+    def _after_backward(self, i, call):
         unit = self.units[i]
-        if not unit.in_backward:                                             # a hook that a recomputation set a second time
+        if not call.reached:                                                 # its results were not used
             return
-        unit.in_backward = False
+        call.reached = False
+        unit.in_backward -= 1
+        if unit.in_backward:                                                 # the call before has begun
+            return
         unit.free()
         if i > 1:
             self.units[i - 2].start_gather()                                 # unit i - 1 computes now
@@ -686,7 +693,7 @@ class FSDP(nn.Module):
         """Call after the step's last backward pass: waits for all, frees what is gathered, and leaves in every shard's .grad
         the mean over ranks. A parameter that no rank used since the last call gets none."""
         for unit in [*reversed(self.units), self.root]:
-            unit.in_backward = False
+            unit.in_backward = 0
             if unit.due:
                 self._reduce(unit)
         flats = [flat for flat in self._flats() if flat.trainable]

@@ -1814,6 +1814,8 @@ def test_resuming_says_what_it_changes_and_refuses_what_contradicts(tokens, twen
     (again / "args.json").write_text(json.dumps({**values, "data_fingerprint": "0" * 16}))
     assert refused(resume("--steps", 30), "0" * 16, values["data_fingerprint"])
     assert refused(call(train, capsys, monkeypatch, "--resume", tmp_path), "no run here")
+    (again / "args.json").write_text(json.dumps({key: value for key, value in values.items() if key != "parallel"}))
+    assert "is finished (24 steps" in resume()[1]                            # written before there was such a setting
     (again / "args.json").write_text("{}")
     assert refused(resume(), "args.json has no")
 
@@ -2087,6 +2089,30 @@ class Net(torch.nn.Module):
         return F.cross_entropy(x @ self.head.weight.T, targets)
 
 
+class Looped(torch.nn.Module):
+    """The second of three units runs twice, the third takes a keyword and gives a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 6)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), Sided()])
+
+    def forward(self, x):
+        side = self.first(x)
+        h = torch.tanh(self.layers[0](side))
+        for _ in range(2):
+            h = self.layers[1](h)                                            # its result is its next argument
+        return self.layers[2](h, side=side)["h"].square().mean()
+
+
+class Sided(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(6, 6)
+
+    def forward(self, x, side):
+        return {"h": super().forward(x) + side}
+
+
 def ranks_strategies():
     """Every strategy on `Net`, ten steps of two micro-batches: the gradient norms and the weights of one process."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -2175,6 +2201,27 @@ def ranks_strategies():
     wrapped.load_full_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in wrapped.full_state_dict().items())
     assert wrapped.full_state_dict(only_rank=0).keys() == (state.keys() if rank == 0 else set())
+
+    # units that are called twice, with a side input, with frozen weights; two forward passes before a backward pass
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        alone, net = Looped(), Looped()
+        net.load_state_dict(alone.state_dict())
+        for part in (alone.first, alone.layers[1], net.first, net.layers[1]):
+            part.requires_grad_(not frozen)
+        looped = ddp.FSDP(net)
+        with pytest.raises(RuntimeError):
+            looped(torch.ones(4, 5))                                        # a mistake leaves everything usable
+        for step in range(3):
+            x = torch.randn(ranks, 2, 4, 6, generator=torch.Generator().manual_seed(step))
+            (looped(x[rank, 0]) + looped(x[rank, 1])).backward()
+            looped.finish_gradient_synchronization()
+            (sum(alone(part) for both in x for part in both) / ranks).backward()
+            for module in (alone, net):
+                torch.optim.SGD([p for p in module.parameters() if p.grad is not None], lr=0.1).step()
+                module.zero_grad()
+            assert all((value - mine).abs().max() < 1e-5 for value, mine in
+                       zip(alone.state_dict().values(), looped.full_state_dict().values())), (frozen, step)
 
     # what cannot be is refused on every rank
     linear = torch.nn.Linear
@@ -2320,16 +2367,34 @@ def test_a_rank_that_fails_ends_the_job_with_its_error_and_a_whole_checkpoint(to
     assert train.load_checkpoint(tmp_path / "r")["step"] == 4
 
 
+def kill_rank(rank, out, number):
+    """Send a signal to one rank of the run that writes to `out`."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"\0RANK={rank}\0".encode() in path.read_bytes() and str(out).encode() in (path.parent / "cmdline").read_bytes():
+                os.kill(int(path.parent.name), number)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_all_ranks_leave_after_the_same_step_when_one_is_told_to(tokens, tmp_path):
+    out = tmp_path / "r"
+    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 100_000,
+                       "--eval_every", 100_000, "--parallel", "zero1", *SHAPE)
+    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, process)
+    kill_rank(1, out, signal.SIGTERM)
+    text, err = process.communicate(timeout=60)
+    step = train.load_checkpoint(out)["step"]
+    assert f"stopped after step {step}" in text and records(out)[-1]["step"] == step, err
+    assert len(json.loads((out / "state" / "latest.json").read_text())["files"]) == 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(tokens, tmp_path, capsys, monkeypatch):
     out = tmp_path / "r"
     process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 1,
                        "--eval_every", 100_000, "--parallel", "fsdp", *SHAPE)
     wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, process)
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if b"\0RANK=1\0" in path.read_bytes() and str(out).encode() in (path.parent / "cmdline").read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    kill_rank(1, out, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode and "rank 0 lost another rank" in err and "SIGKILL" in err, err
     step = train.load_checkpoint(out)["step"]

@@ -635,7 +635,7 @@ class Ranks:
     def stop(self):
         """Part, when all are here."""
         if self.started:
-            dist.barrier()
+            dist.barrier(self.words)
             dist.destroy_process_group()
 
     def everywhere(self, make) -> list:
@@ -1139,9 +1139,10 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     if not path.exists():
         raise ValueError(f"--resume {given['resume']}: there is no run here (no args.json)")
     saved = read_json(path)
-    missing = {f.name for f in fields(Settings)} | {"tokens_folder", "data_fingerprint"}
-    if missing - set(saved):
-        raise ValueError(f"{path} has no {sorted(missing - set(saved))[0]}; it is not what train.py writes")
+    missing = {*FIXED, "tokens_folder", "data_fingerprint"} - set(saved)
+    if missing:
+        raise ValueError(f"{path} has no {sorted(missing)[0]}; it is not what train.py writes")
+    saved = {**asdict(Settings()), **saved}                              # settings that have come since then
     for name in sorted(FIXED & set(given)):
         if given[name] != saved[name]:
             raise ValueError(f"--resume {given['resume']}: --{name} {given[name]} contradicts the run, whose {name} is "

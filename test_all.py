@@ -1820,6 +1820,15 @@ def test_resuming_says_what_it_changes_and_refuses_what_contradicts(tokens, twen
     assert refused(resume(), "args.json has no")
 
 
+def test_a_whole_state_is_not_written_over_by_its_like(twenty_steps, tmp_path, capsys, monkeypatch):
+    again = tmp_path / "again"                                               # by other ranks, perhaps, and only half
+    shutil.copytree(twenty_steps, again)
+    state = lambda: {path.name: path.stat().st_mtime_ns for path in (again / "state").iterdir()}
+    before = state()
+    _, text, _ = call(train, capsys, monkeypatch, "--resume", again, "--steps", 30, "--stop_after", 20, "--parallel", "fsdp")
+    assert "stopped after step 20" in text and state() == before
+
+
 def test_accumulating_small_batches_changes_no_loss(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
     call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", 20, "--micro_batch_size", 2, *SHAPE)
     for ours, whole in zip(records(tmp_path / "r"), records(twenty_steps)):

@@ -999,6 +999,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     def save():
         meter.catch_up()
         meter.write()
+        if saved is not None and step == step_before:                    # there already; other ranks would overwrite it file by file
+            return
         tensors = whole_weights(model, parallel, divided, ranks)
         writes = ranks.data_rank == 0 or s.parallel != "ddp"             # under DDP the others have the same
 

@@ -548,6 +548,7 @@ class FSDP(nn.Module):
     an optimizer updates. Gathering and computing happen in `compute_dtype`, gradients travel in `reduce_dtype` (both: the
     parameters' dtype), and shards keep the dtype that the parameters had. `device`: where the shards are to live, so that a
     model that is too large for one GPU can be built on the CPU. All ranks must use the same units in a step.
+    An input that needs a gradient and goes to many units (an encoder's output) keeps them gathered until that is made.
     ValueError when the ranks' modules differ, or when nothing in them can be trained."""
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
@@ -915,14 +916,13 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     as soon as a chunk's logits are: both gradients are taken in the forward pass and the logits are dropped."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, start, group, backward):
+    def forward(ctx, hidden, weight, targets, ignore_index, start, rows, group, backward):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, w, y = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets.reshape(-1)
         counted = y != ignore_index
         here = counted & (y >= start) & (y < start + len(w))                 # whose target lies in this rank's part of V
         y, count = (y - start).where(here, 0)[:, None], counted.sum()        # (N, 1), ()
-        rows = max(512, 2 ** 22 // len(w))
         loss = torch.zeros((), device=x.device)
         x_grad, w_grad = (torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)) if backward else (None, None)
         with torch.autocast(device, enabled=False):
@@ -950,7 +950,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         x_grad, w_grad = ctx.saved_tensors
-        return x_grad * loss_grad, w_grad * loss_grad, None, None, None, None, None
+        return x_grad * loss_grad, w_grad * loss_grad, None, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group,
@@ -960,8 +960,10 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor
 
     hidden (..., D) and targets (...) are the same on all ranks, and so is the result."""
     start, _ = bounds(vocab_size, group)
+    rows = max(512, 2 ** 22 * dist.get_world_size(group) // vocab_size)      # at a time; parts of the vocabulary differ in size
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return VocabParallelCrossEntropy.apply(CopyToRanks.apply(hidden, group), weight, targets, ignore_index, start, group, backward)
+    return VocabParallelCrossEntropy.apply(CopyToRanks.apply(hidden, group), weight, targets, ignore_index, start, rows,
+                                           group, backward)
 
 
 DIVIDED_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

@@ -2267,6 +2267,12 @@ def ranks_tensor_parallel():
         tokens = torch.randint(0, 37, (3, 10), generator=torch.Generator().manual_seed(100 * step + r))
         return tokens[:, :-1], tokens[:, 1:].clone().index_fill_(1, torch.tensor([0, 4]), -100)
 
+    # more positions than are done at a time, over a vocabulary that does not divide
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(9000, 8), torch.randn(4001, 8), torch.randint(0, 4001, (9000,))
+    loss = ddp.vocab_parallel_cross_entropy(hidden, weight[slice(*ddp.bounds(4001, None))], targets, 4001, None)
+    assert abs(loss - F.cross_entropy(hidden @ weight.T, targets)) < 1e-4
+
     adamw = dict(lr=0.01, eps=1e-3)                  # such an eps that a rounding error cannot turn an update around
     for tied, width in itertools.product((True, False), [t for t in (2, 4) if ranks % t == 0]):
         for kind in ("ddp", "zero1", "fsdp") if width < ranks else ("alone",):

@@ -271,26 +271,43 @@ class DDP(nn.Module):
 ELEMENTWISE = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "Lion"}
 
 
-def hand_over(outer, mine: list[Tensor]):
-    """Give the optimizer inside `outer` the newest of outer's parameter groups, with `mine` for its parameters. Outer's group
-    shows the inner one's defaults from then on."""
-    ours = outer.param_groups[-1]
-    if outer.optimizer is None:
-        outer.optimizer = outer.make([{**ours, "params": mine}])
-    else:
-        outer.optimizer.add_param_group({**ours, "params": mine})
-    ours.update({key: value for key, value in outer.optimizer.param_groups[-1].items() if key != "params"})
-    outer.state = outer.optimizer.state
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, `optimizer`, which updates this rank's pieces of the parameters. `param_groups` are those of
+    an ordinary optimizer: change a learning rate there. `state` and `state_dict` are the inner one's, of this rank alone."""
+
+    def __init__(self, params, optimizer_cls, options):
+        self.make, self.optimizer = lambda groups: optimizer_cls(groups, **options), None
+        super().__init__(params, options)                                    # calls add_param_group for each
+
+    def hand_over(self, pieces: list[Tensor]):
+        """Give the inner optimizer the newest parameter group, with `pieces` for its parameters."""
+        group = {**self.param_groups[-1], "params": pieces}
+        if self.optimizer is None:
+            self.optimizer = self.make([group])
+        else:
+            self.optimizer.add_param_group(group)
+        self.look_inside()
+
+    def look_inside(self):
+        """Show the inner optimizer's options and state."""
+        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups):
+            ours.update({key: value for key, value in theirs.items() if key != "params"})
+        self.state = self.optimizer.state
+
+    def inner_step(self, **arguments):
+        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups):
+            theirs.update({key: value for key, value in ours.items() if key != "params"})
+        return self.optimizer.step(**arguments)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict)
+        self.look_inside()
 
 
-def inner_step(outer, *args, **kwargs):
-    """A step of the optimizer inside `outer`, with the learning rates and so on that stand in outer's groups."""
-    for ours, theirs in zip(outer.param_groups, outer.optimizer.param_groups):
-        theirs.update({key: value for key, value in ours.items() if key != "params"})
-    return outer.optimizer.step(*args, **kwargs)
-
-
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(Around):
     """Any torch optimizer, each rank running it on its share of the parameters and then sending the others its results.
 
     The parameters of a group move into one flat buffer (they stay where the module has them, as views of it). With an
@@ -298,16 +315,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     matrices (Muon) tensors are dealt out whole, the largest first, each to the rank with the least so far. `split` says
     which, for an optimizer that `ELEMENTWISE` does not know by name. Used with DDP, which averages the gradients.
 
-    `param_groups` are those of an ordinary optimizer: change a learning rate there. `state`, and `state_dict`, hold this
-    rank's share alone, by the pieces that `pieces` lists."""
+    `pieces` lists what this rank has: (parameter, where in it, flattened, the piece begins, the piece that `state` knows)."""
 
     def __init__(self, params, optimizer_cls, group=None, split: bool | None = None, **options):
         self.group = group
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.split = optimizer_cls.__name__ in ELEMENTWISE if split is None else split
-        self.make = lambda groups: optimizer_cls(groups, **options)
-        self.optimizer, self.flats, self.pieces, self.loads = None, [], [], [0] * self.ranks
-        super().__init__(params, options)                                    # calls add_param_group for each
+        self.flats, self.pieces, self.loads = [], [], [0] * self.ranks
+        super().__init__(params, optimizer_cls, options)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict):
@@ -316,8 +331,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             if p.requires_grad:
                 kinds.setdefault((p.dtype, p.device), []).append(p)
-        mine = [piece for parameters in kinds.values() for piece in self._share(parameters)]
-        hand_over(self, mine)
+        self.hand_over([piece for parameters in kinds.values() for piece in self._share(parameters)])
 
     def _share(self, parameters) -> list[Tensor]:
         """Lay parameters out in a flat buffer; returns this rank's pieces of them."""
@@ -343,17 +357,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if a < b:
                 piece = home if b - a == p.numel() else home.view(-1)[a:b]
                 pieces.append(nn.Parameter(piece))
-                self.pieces.append((p, a, pieces[-1]))                       # (parameter, where in it, this rank's piece of it)
+                self.pieces.append((p, a, pieces[-1]))
             start += p.numel()
         self.flats.append((flat, bounds))
         return pieces
 
     @torch.no_grad()
-    def step(self, *args, **kwargs):
-        """Update this rank's share, then gather everybody's. Arguments go to the optimizer's own step."""
+    def step(self, closure=None, **arguments):
+        """Update this rank's share, then gather everybody's. `arguments` go to the inner optimizer's step."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for p, start, piece in self.pieces:
             piece.grad = None if p.grad is None else p.grad.reshape(-1)[start:start + piece.numel()].view_as(piece)
-        result = inner_step(self, *args, **kwargs)
+        self.inner_step(**arguments)
         for _, _, piece in self.pieces:
             piece.grad = None                                                # or zero_grad() would free no memory
         under_way = []
@@ -365,14 +381,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                               for r, (low, high) in enumerate(zip(bounds, bounds[1:])) if low < high]
         for transfer in under_way:
             transfer.wait()
-        return result
-
-    def state_dict(self):
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict):
-        self.optimizer.load_state_dict(state_dict)
-        self.state = self.optimizer.state
+        return loss
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -475,9 +484,9 @@ class Flat:
             self.gradient, self.taken = torch.empty(self.full.shape, dtype=self.reduce_dtype, device=self.full.device), set()
         place, whole = self.gradient[self.starts[i]:self.starts[i + 1]].view(self.shapes[i]), self.wholes[i]
         if i in self.taken:
-            place.add_(whole.grad, alpha=1 / self.ranks)                     # from an earlier pass under no_sync
+            place.add_(whole.grad.to(place.dtype), alpha=1 / self.ranks)     # from an earlier pass under no_sync
         else:
-            torch.mul(whole.grad, 1 / self.ranks, out=place)
+            torch.mul(whole.grad.to(place.dtype), 1 / self.ranks, out=place)
         whole.grad = None
         self.taken.add(i)
         self.used.add(i)
@@ -504,13 +513,13 @@ class Flat:
             self.reduction = None
 
 
-def tensors_of(value) -> list[Tensor]:
-    """The tensors with gradients in arguments or results: a tensor, or tuples, lists and dicts of them."""
+def each_tensor(value, f):
+    """Arguments or results of a module (a tensor, or tuples, lists and dicts of them) with f applied to every tensor."""
     if isinstance(value, Tensor):
-        return [value] if value.requires_grad else []
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
+        return f(value)
+    if type(value) in (tuple, list):
+        return type(value)(each_tensor(v, f) for v in value)
+    return {key: each_tensor(v, f) for key, v in value.items()} if type(value) is dict else value
 
 
 class Unit:
@@ -564,11 +573,11 @@ class FSDP(nn.Module):
                 part._buffers.update({name: b if b is None else b.to(device) for name, b in part._buffers.items()})
         start_alike(module, self.group, "FSDP", device)
         if units is None:
-            units, inner = [], set()
+            containers, units, inner = (nn.ModuleList, nn.ModuleDict), [], set()
             for part in module.modules():
                 if isinstance(part, nn.ModuleList) and part not in inner:
-                    units += part
-                    inner.update(part.modules())
+                    units += [member for member in part if not isinstance(member, containers)]
+                    inner.update(m for member in part if not isinstance(member, containers) for m in member.modules())
         units = list(dict.fromkeys(units))
         owners, places = {}, {}
         for unit in units:
@@ -603,14 +612,11 @@ class FSDP(nn.Module):
             self.units[0].start_gather()                                     # on its way while the root's part begins
         self.root.finish_gather()
         self.root.due |= torch.is_grad_enabled()
-        return self._cast(args, kwargs)
+        return self._cast(args), self._cast(kwargs)
 
-    def _cast(self, args, kwargs):
+    def _cast(self, values):
         """Arguments of a module in the dtype of its weights."""
-        if self.compute_dtype is None:
-            return args, kwargs
-        cast = lambda v: v.to(self.compute_dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-        return tuple(map(cast, args)), {name: cast(v) for name, v in kwargs.items()}
+        return each_tensor(values, lambda t: t.to(self.compute_dtype) if self.compute_dtype and t.is_floating_point() else t)
 
     def _after_everything(self, module, args, output):
         # after an evaluation, or a forward pass that failed (it has no output), nothing will be needed again
@@ -621,23 +627,33 @@ class FSDP(nn.Module):
     def _before_forward(self, i, args, kwargs):
         unit = self.units[i]
         unit.finish_gather()
-        args, kwargs = self._cast(args, kwargs)
+        args, kwargs = self._cast(args), self._cast(kwargs)
         if unit.in_backward:                                                 # activations are being recomputed
             return args, kwargs
         if i + 1 < len(self.units):
             self.units[i + 1].start_gather()
+        unit.call = SimpleNamespace(reached=False)                           # a unit may be called more than once
         if torch.is_grad_enabled():
-            unit.due = True
-            unit.call = SimpleNamespace(reached=False)                       # a unit may be called more than once
-            if inputs := tensors_of([args, kwargs]):
-                # the gradients of a unit's inputs are the last that its backward pass makes
+            unit.due, inputs = True, []
+
+            def enter(t):
+                # a view is made before all that the unit makes of it, so its gradient comes after all of that has been
+                # through its backward pass
+                if t.requires_grad:
+                    t = t.view_as(t)
+                    inputs.append(t)
+                return t
+
+            args, kwargs = each_tensor(args, enter), each_tensor(kwargs, enter)
+            if inputs:
                 torch.autograd.graph.register_multi_grad_hook(inputs, lambda _, call=unit.call: self._after_backward(i, call))
         return args, kwargs
 
     def _after_forward(self, i, output):
-        unit, results = self.units[i], tensors_of(output)
+        unit, results = self.units[i], []
         if unit.in_backward:
             return
+        each_tensor(output, lambda t: results.append(t) if t.requires_grad else None)
         if results:
             torch.autograd.graph.register_multi_grad_hook(
                 results, lambda _, call=unit.call: self._before_backward(i, call), mode="any")
@@ -649,6 +665,7 @@ class FSDP(nn.Module):
     def _before_backward(self, i, call):
         unit, call.reached = self.units[i], True
         unit.in_backward += 1
+        unit.due = True
         unit.finish_gather()
         if i + 1 == len(self.units) and i > 0:
             self.units[i - 1].start_gather()
@@ -756,20 +773,19 @@ class FSDP(nn.Module):
                 buffer.copy_(state[name])
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Around):
     """An optimizer that needs whole matrices (Muon) on FSDP's shards: each matrix belongs to one rank, which gathers its
     gradient and its weights, updates it, and sends every rank its shard of the result. Two all-to-alls a step.
 
-    params: shards of `fsdp`, or parameter groups of them. `state` is kept by the whole matrices that `pieces` lists; it stays
-    on the rank that owns them, so it is divided by N on the whole, to the size of a matrix."""
+    params: shards of `fsdp`, or parameter groups of them. `state` is that of the matrices that this rank owns, which `wholes`
+    lists by their shards: about 1/N of all."""
 
     def __init__(self, fsdp: FSDP, params, optimizer_cls, **options):
         self.group = fsdp.group
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.shard_of = {shard.parameter: shard for shard in fsdp.shards().values()}
-        self.make = lambda groups: optimizer_cls(groups, **options)
-        self.optimizer, self.owners, self.wholes, self.loads = None, {}, {}, [0] * self.ranks
-        super().__init__(params, options)
+        self.owners, self.wholes, self.loads = {}, {}, [0] * self.ranks
+        super().__init__(params, optimizer_cls, options)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict):
@@ -781,7 +797,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self.owners[p] == self.rank:
                 self.wholes[p] = nn.Parameter(p.new_empty(self.shard_of[p].shape))
                 mine.append(self.wholes[p])
-        hand_over(self, mine)
+        self.hand_over(mine)
         self._drop_wholes()
 
     def _drop_wholes(self):
@@ -793,8 +809,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return last - first
 
     @torch.no_grad()
-    def step(self, *args, **kwargs):
-        """Update all matrices. Arguments go to the optimizer's own step, on every rank."""
+    def step(self, closure=None, **arguments):
+        """Update all matrices. `arguments` go to the inner optimizer's step, on every rank."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         going = [p for group in self.param_groups for p in group["params"] if p.grad is not None]     # the same on all ranks
         of = [[p for p in going if self.owners[p] == r] for r in range(self.ranks)]
         mine, everybody = of[self.rank], range(self.ranks)
@@ -814,13 +832,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             parts = [dict(zip(mine, part.split([self._length(p, r) for p in mine]))) for r, part in enumerate(received)]
             for p in mine:
                 setattr(self.wholes[p], name, torch.cat([part[p] for part in parts]).view(self.shard_of[p].shape))
-        result = inner_step(self, *args, **kwargs)
+        self.inner_step(**arguments)
         sent = collect(self.wholes[p].view(-1)[slice(*self.shard_of[p].parts[r])] for r in everybody for p in mine)
         for r, part in enumerate(exchange(sent, to_shard, to_owner)):
             for p, new in zip(of[r], part.split([self._length(p, self.rank) for p in of[r]])):
                 p.copy_(new)
         self._drop_wholes()
-        return result
+        return loss
 
 
 @torch.no_grad()
@@ -828,11 +846,12 @@ def gradient_norm(parameters, sharded: bool = False, data_group=None, divided=fr
     """The L2 norm of the whole gradient, on the device, when a rank holds a part of it: with `sharded` every rank of the
     data group has its own part of all (FSDP), and ranks of the tensor group have different parts of the parameters in
     `divided`, and the same of all others, which are counted once."""
+    parameters = list(parameters)
     norms = {False: [], True: []}                                            # of what tensor ranks hold alike; of what they divide
     for p in parameters:
         if p.grad is not None:
             norms[p in divided].append(p.grad.float().norm())
-    zero = sum(norms.values(), [])[0].new_zeros(())
+    zero = torch.zeros((), device=parameters[0].device)
     alike, parts = (torch.stack([zero, *norms[kind]]).square().sum() for kind in (False, True))
     if divided:
         dist.all_reduce(parts, group=tensor_group)

@@ -2104,10 +2104,10 @@ class Looped(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.first = torch.nn.Linear(6, 6)
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), Sided()])
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), Sided(), torch.nn.ModuleList([torch.nn.Linear(6, 6)])])
 
     def forward(self, x):
-        side = self.first(x)
+        side = self.first(x) + self.layers[3][0](self.layers[3][0](x))      # twice, the first time on what needs no gradient
         h = torch.tanh(self.layers[0](side))
         for _ in range(2):
             h = self.layers[1](h)                                            # its result is its next argument

@@ -10,8 +10,8 @@ Rank r of N sees 1/N of each batch. What else is divided decides memory and traf
     tensor_parallel  1/N of every large matrix   activations                every product, within a layer
 
 (Rajbhandari et al. 2019, arXiv 1910.02054, for ZeRO; Shoeybi et al. 2019, arXiv 1909.08053, for tensor parallelism.) All four
-stand on five collectives of torch.distributed: broadcast, all-reduce, all-gather, reduce-scatter, all-to-all; NCCL runs
-them on GPUs, gloo on CPUs. They work with any nn.Module (tensor_parallel with those that use Llama's names) and compose:
+stand on the collectives of torch.distributed (broadcast, all-reduce, all-gather, reduce-scatter), which NCCL runs on GPUs
+and gloo on CPUs. They work with any nn.Module (tensor_parallel with those that use Llama's names) and compose:
 
     torch.distributed.init_process_group("gloo")                # or "nccl"; torchrun has set rank and world size
     data, tensor = mesh(tensor_parallel=2)                      # a grid of ranks; mesh(1): everybody is a data rank
@@ -46,12 +46,13 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 
@@ -123,14 +124,15 @@ def mesh(tensor_parallel: int = 1):
 def start_alike(module: nn.Module, group, who: str, device=None):
     """Gives every rank the first rank's parameters and buffers, by way of `device` if the module is elsewhere. ValueError
     when the ranks' modules have different ones."""
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
+    named = [*module.named_parameters(), *module.named_buffers()]
+    shapes = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named]
     everyones = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, shapes, group)
     for rank, theirs in enumerate(everyones):
         if theirs != shapes:
             mine, other = next(((a, b) for a, b in zip(shapes, theirs) if a != b), (len(shapes), len(theirs)))
             raise ValueError(f"{who}: ranks hold different models: {mine} on rank {dist.get_rank(group)}, {other} on rank {rank}")
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for _, tensor in named:
         there = tensor.detach().to(device or tensor.device)
         dist.broadcast(there, global_rank(group, 0), group)
         if there.device != tensor.device:
@@ -221,7 +223,8 @@ class DDP(nn.Module):
     def _take(self, i, j):
         """Move a gradient into its bucket, divided before the sum, which could overflow in float16."""
         _, bucket, views, _ = self.buckets[i]
-        torch.mul(bucket[j].grad, self.scale, out=views[j])
+        gradient = bucket[j].grad
+        torch.mul(gradient.to(torch.promote_types(gradient.dtype, views[j].dtype)), self.scale, out=views[j])
         if views[j].dtype == bucket[j].dtype:
             bucket[j].grad = views[j]                                        # the bucket is the gradient's home from here on
 
@@ -255,11 +258,13 @@ class DDP(nn.Module):
             self._send()
         for reduction, (_, bucket, views, used) in zip(self.in_flight, self.buckets):
             reduction.wait()
+            # looked at only where it matters: on a GPU, looking waits
+            used = used.tolist() if any(p.grad is None for p in bucket) else [1] * len(bucket)
             for p, mean, used_somewhere in zip(bucket, views, used):
                 if p.grad is not None:
                     if p.grad is not mean:
                         p.grad.copy_(mean)                                   # another dtype than the bucket's
-                elif used_somewhere:                                         # looked at only here: on a GPU, looking waits
+                elif used_somewhere:
                     p.grad = mean.to(p.dtype)
         self._start_step()
 
@@ -337,18 +342,18 @@ class ShardedOptimizer(Around):
         """Lay parameters out in a flat buffer; returns this rank's pieces of them."""
         if self.split:
             size = -(-sum(p.numel() for p in parameters) // self.ranks)
-            bounds, order = [r * size for r in range(self.ranks + 1)], parameters
+            edges, order = [r * size for r in range(self.ranks + 1)], parameters
         else:
             hands = [[] for _ in range(self.ranks)]
             for p in sorted(parameters, key=lambda p: -p.numel()):
                 least = self.loads.index(min(self.loads))
                 hands[least].append(p)
                 self.loads[least] += p.numel()
-            order, bounds = [p for hand in hands for p in hand], [0]
+            order, edges = [p for hand in hands for p in hand], [0]
             for hand in hands:
-                bounds.append(bounds[-1] + sum(p.numel() for p in hand))
-        flat, start, pieces = order[0].new_zeros(bounds[-1]), 0, []
-        low, high = bounds[self.rank], bounds[self.rank + 1]
+                edges.append(edges[-1] + sum(p.numel() for p in hand))
+        flat, start, pieces = order[0].new_zeros(edges[-1]), 0, []
+        low, high = edges[self.rank], edges[self.rank + 1]
         for p in order:
             home = flat[start:start + p.numel()].view_as(p)
             home.copy_(p)
@@ -359,7 +364,7 @@ class ShardedOptimizer(Around):
                 pieces.append(nn.Parameter(piece))
                 self.pieces.append((p, a, pieces[-1]))
             start += p.numel()
-        self.flats.append((flat, bounds))
+        self.flats.append((flat, edges))
         return pieces
 
     @torch.no_grad()
@@ -373,12 +378,12 @@ class ShardedOptimizer(Around):
         for _, _, piece in self.pieces:
             piece.grad = None                                                # or zero_grad() would free no memory
         under_way = []
-        for flat, bounds in self.flats:
+        for flat, edges in self.flats:
             if self.split:
-                under_way.append(all_gather(flat, flat[bounds[self.rank]:bounds[self.rank + 1]], self.group))
+                under_way.append(all_gather(flat, flat[edges[self.rank]:edges[self.rank + 1]], self.group))
             else:                                                            # shares of different sizes
                 under_way += [dist.broadcast(flat[low:high], global_rank(self.group, r), self.group, async_op=True)
-                              for r, (low, high) in enumerate(zip(bounds, bounds[1:])) if low < high]
+                              for r, (low, high) in enumerate(zip(edges, edges[1:])) if low < high]
         for transfer in under_way:
             transfer.wait()
         return loss
@@ -513,15 +518,6 @@ class Flat:
             self.reduction = None
 
 
-def each_tensor(value, f):
-    """Arguments or results of a module (a tensor, or tuples, lists and dicts of them) with f applied to every tensor."""
-    if isinstance(value, Tensor):
-        return f(value)
-    if type(value) in (tuple, list):
-        return type(value)(each_tensor(v, f) for v in value)
-    return {key: each_tensor(v, f) for key, v in value.items()} if type(value) is dict else value
-
-
 class Unit:
     """A module whose parameters FSDP gathers and frees together (several `Flat`s if dtypes differ, or some are frozen)."""
 
@@ -558,6 +554,8 @@ class FSDP(nn.Module):
     parameters' dtype), and shards keep the dtype that the parameters had. `device`: where the shards are to live, so that a
     model that is too large for one GPU can be built on the CPU. All ranks must use the same units in a step.
     An input that needs a gradient and goes to many units (an encoder's output) keeps them gathered until that is made.
+    Choose dtype and device before, not after; gradients of gradients are not possible. After an error in a backward pass, call
+    finish_gradient_synchronization() and zero_grad() before going on.
     ValueError when the ranks' modules differ, or when nothing in them can be trained."""
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
@@ -606,28 +604,31 @@ class FSDP(nn.Module):
         return self.module(*args, **kwargs)
 
     def _before_everything(self, _, args, kwargs):
-        self.root_was_here = any(flat.gathered for flat in self.root.flats)
+        self.root_was_gathered = any(flat.gathered for flat in self.root.flats)
         self.root.start_gather()
         if self.units:
             self.units[0].start_gather()                                     # on its way while the root's part begins
         self.root.finish_gather()
         self.root.due |= torch.is_grad_enabled()
-        return self._cast(args), self._cast(kwargs)
+        return self._cast((args, kwargs))
 
     def _cast(self, values):
         """Arguments of a module in the dtype of its weights."""
-        return each_tensor(values, lambda t: t.to(self.compute_dtype) if self.compute_dtype and t.is_floating_point() else t)
+        cast = lambda v: v.to(self.compute_dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        return tree_map(cast, values) if self.compute_dtype else values
 
     def _after_everything(self, module, args, output):
-        # after an evaluation, or a forward pass that failed (it has no output), nothing will be needed again
-        if output is None or not torch.is_grad_enabled() and not self.root_was_here:
+        # after an evaluation, or a forward pass that failed (it has no output; nor has one that is recomputed until it has
+        # what it needs), nothing will be needed again
+        failed = output is None and not any(unit.in_backward for unit in self.units)
+        if failed or not torch.is_grad_enabled() and not self.root_was_gathered:
             for unit in [*self.units, self.root]:
                 unit.free()
 
     def _before_forward(self, i, args, kwargs):
         unit = self.units[i]
         unit.finish_gather()
-        args, kwargs = self._cast(args), self._cast(kwargs)
+        args, kwargs = self._cast((args, kwargs))
         if unit.in_backward:                                                 # activations are being recomputed
             return args, kwargs
         if i + 1 < len(self.units):
@@ -636,24 +637,24 @@ class FSDP(nn.Module):
         if torch.is_grad_enabled():
             unit.due, inputs = True, []
 
-            def enter(t):
+            def enter(v):
                 # a view is made before all that the unit makes of it, so its gradient comes after all of that has been
                 # through its backward pass
-                if t.requires_grad:
-                    t = t.view_as(t)
-                    inputs.append(t)
-                return t
+                if isinstance(v, Tensor) and v.requires_grad:
+                    v = v.view_as(v)
+                    inputs.append(v)
+                return v
 
-            args, kwargs = each_tensor(args, enter), each_tensor(kwargs, enter)
+            args, kwargs = tree_map(enter, (args, kwargs))
             if inputs:
                 torch.autograd.graph.register_multi_grad_hook(inputs, lambda _, call=unit.call: self._after_backward(i, call))
         return args, kwargs
 
     def _after_forward(self, i, output):
-        unit, results = self.units[i], []
+        unit = self.units[i]
         if unit.in_backward:
             return
-        each_tensor(output, lambda t: results.append(t) if t.requires_grad else None)
+        results = [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
         if results:
             torch.autograd.graph.register_multi_grad_hook(
                 results, lambda _, call=unit.call: self._before_backward(i, call), mode="any")
@@ -722,9 +723,11 @@ class FSDP(nn.Module):
             if not mine:
                 used[i] = 0                                                  # a fill on the device, not a copy to it
         dist.all_reduce(used, group=self.group)
-        for flat, used_somewhere in zip(flats, used.split([len(flat.shards) for flat in flats])):
-            for i, shard in enumerate(flat.shards):
-                if flat.total is not None and (i in flat.used or used_somewhere[i]):   # on a GPU, looking waits
+        everything = all(len(flat.used) == len(flat.shards) for flat in flats)
+        used = iter([1] * len(used) if everything else used.tolist())        # on a GPU, looking waits
+        for flat in flats:
+            for i, (shard, used_somewhere) in enumerate(zip(flat.shards, used)):
+                if flat.total is not None and used_somewhere:
                     part = flat.mine(flat.total, i)
                     shard.grad = part if shard.grad is None else shard.grad.add_(part)
             flat.total, flat.used = None, set()
@@ -990,15 +993,15 @@ DIVIDED_INPUTS = ("o_proj", "down_proj")
 
 
 @torch.no_grad()
-def tensor_parallel(model: nn.Module, group) -> dict[str, tuple[int, int]]:
+def tensor_parallel(model: nn.Module, group, device=None) -> dict[str, tuple[int, int]]:
     """Leaves every rank its part of a decoder with Llama's names (`embed_tokens`, `q_proj`, ..., `lm_head`): heads, rows of
     the feed-forward network, rows of the vocabulary. Before DDP or FSDP. Returns the parameters that are divided: which
-    dimension, and its whole size.
+    dimension, and its whole size. `device`: one that the group can reach, if the model is elsewhere (on the CPU, and large).
 
     The embedding's rows are looked up where they are and summed; `lm_head` joins its logits, for sampling; the loss of a model
     that has `ops.linear_cross_entropy` (model.py's) does without them. ValueError when heads do not divide, or ranks hold different models."""
     ranks = dist.get_world_size(group)
-    start_alike(model, group, "tensor_parallel")
+    start_alike(model, group, "tensor_parallel", device)
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(model.config, name)
         if heads % ranks:
@@ -1023,17 +1026,18 @@ def tensor_parallel(model: nn.Module, group) -> dict[str, tuple[int, int]]:
         elif kind in DIVIDED_INPUTS:
             cut(name, module, "weight", 1)
             module.in_features = module.weight.shape[1]
-            module.forward = lambda x, module=module: _add_bias(
-                SumOverRanks.apply(F.linear(x, module.weight), group), module.bias)
+            # a bound method, so that a deep copy computes with its own weights
+            module.forward = MethodType(lambda self, x: _add_bias(
+                SumOverRanks.apply(F.linear(x, self.weight), group), self.bias), module)
         elif kind == "embed_tokens":
             size = len(module.weight)
             cut(name, module, "weight", 0)
-            module.forward = lambda tokens, module=module, size=size: _embed(tokens, module.weight, size, group)
+            module.forward = MethodType(lambda self, tokens, size=size: _embed(tokens, self.weight, size, group), module)
         elif kind == "lm_head":
             size = len(module.weight)
             cut(name, module, "weight", 0)
-            module.forward = lambda x, module=module, size=size: JoinRanks.apply(
-                F.linear(CopyToRanks.apply(x, group), module.weight), size, group)
+            module.forward = MethodType(lambda self, x, size=size: JoinRanks.apply(
+                F.linear(CopyToRanks.apply(x, group), self.weight), size, group), module)
             if hasattr(model, "ops"):
                 model.ops = replace(model.ops, linear_cross_entropy=lambda hidden, weight, targets, size=size:
                                     vocab_parallel_cross_entropy(hidden, weight, targets, size, group))
@@ -1730,10 +1734,12 @@ def main():
                                  *sys.argv[1:]], env={"OMP_NUM_THREADS": "1", **clean}).returncode)
     local = int(os.environ["LOCAL_RANK"])
     kind = args.device or ("cuda" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "cpu")
+    if kind == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        parser.error(f"--device cuda: {os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {torch.cuda.device_count()} GPU(s)")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     try:
         (collectives if command else compare)(args, device)
     except ValueError as error:

@@ -456,6 +456,7 @@ def parts_of(model, parallel, optimizer, shapes: dict, divided: dict, tensor_gro
     elif isinstance(optimizer, ShardedOptimizer):
         names = {p: name for name, p in model.named_parameters()}
         held = [(names[p], piece, first) for p, first, piece in optimizer.pieces]
+        held += [(name, p, 0) for name, p in model.named_parameters() if not p.requires_grad]
     else:
         held = [(name, p, 0) for name, p in model.named_parameters()]
     place = lambda name: (divided[name][0], bounds(divided[name][1], tensor_group)[0], divided[name][1]) if name in divided else ()
@@ -468,7 +469,8 @@ def save_checkpoint(folder, parts: dict[str, Part], optimizer: torch.optim.Optim
     state = Path(folder, "state")
     state.mkdir(parents=True, exist_ok=True)
     name = f"step_{step}.rank_{rank}.pt"
-    own = lambda t: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()   # torch.save writes all that a view looks at
+    # on the host; torch.save would write all that a view looks at
+    own = lambda t: t.cpu() if t.device.type != "cpu" else t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
     content = {"step": step, "progress": progress, "parts": {
         name: {**vars(part), "tensor": own(part.tensor.detach()),
                "state": {key: own(value) for key, value in optimizer.state.get(part.tensor, {}).items()}}
@@ -526,12 +528,16 @@ def load_checkpoint(folder, weights: dict[str, Part] = {}, states: dict[str, Par
             raise ValueError(f"{latest.parent}: {name} should have shape {want} and is {have or 'missing'}; this is another model's")
         return found, want
 
-    def take(part, found, shape, values):
+    def take(name, part, found, shape, values):
         """This rank's part of a tensor of `shape`, whose pieces are `found` and hold `values`."""
-        whole, blocks = torch.empty(shape, dtype=values[0].dtype), {}
+        whole, blocks, filled = torch.empty(shape, dtype=values[0].dtype), {}, {}
         for piece, value in zip(found, values):                          # blocks: the local tensors of tensor-parallel ranks
             block = blocks.setdefault(piece["start"], torch.empty(piece["shape"], dtype=value.dtype))
             block.view(-1)[piece["first"]:piece["first"] + value.numel()] = value.reshape(-1)
+            filled[piece["start"]] = filled.get(piece["start"], 0) + value.numel()
+        if any(filled[start] < block.numel() for start, block in blocks.items()) or sum(
+                block.shape[found[0]["dim"]] for block in blocks.values()) < shape[found[0]["dim"]]:
+            raise ValueError(f"{latest.parent}: a part of {name} is missing; the state is damaged")
         for start, block in blocks.items():
             whole.narrow(found[0]["dim"], start, block.shape[found[0]["dim"]]).copy_(block)
         local = whole.narrow(part.dim, part.start, part.shape[part.dim])
@@ -539,12 +545,12 @@ def load_checkpoint(folder, weights: dict[str, Part] = {}, states: dict[str, Par
 
     for name, part in weights.items():
         found, shape = pieces(name, part)
-        part.tensor.copy_(take(part, found, shape, [piece["tensor"] for piece in found]))
+        part.tensor.copy_(take(name, part, found, shape, [piece["tensor"] for piece in found]))
     for name, part in states.items():
         found, shape = pieces(name, part)
         for key, value in found[0]["state"].items():                     # a number for all, or one for each number of the parameter
-            optimizer.state[part.tensor][key] = value.to(part.tensor.device) if value.dim() == 0 else take(
-                part, found, shape, [piece["state"][key] for piece in found])
+            optimizer.state[part.tensor][key] = value.to(part.tensor.device, copy=True) if value.dim() == 0 else take(
+                name, part, found, shape, [piece["state"][key] for piece in found])
     return {key: contents[0][key] for key in ("step", "progress")}
 
 
@@ -615,7 +621,8 @@ class Ranks:
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.data_rank, self.data_count, self.started = 0, 1, False
-        self.words = self.data = self.tensor = None                      # words: a group for a few words between hosts
+        # words: a group for a few words between hosts; patient: one for long waits, as rank 0 may be tokenizing a large text
+        self.words = self.patient = self.data = self.tensor = None
 
     def start(self, device: torch.device, alone: bool, tensor_parallel: int):
         """Join the others. `alone`: even if there are none."""
@@ -628,14 +635,15 @@ class Ranks:
             # a single process needs nobody to tell it where the others are
             where = dict(store=dist.HashStore(), rank=0, world_size=1) if self.count == 1 else {}
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **where)
-        self.words = dist.new_group(backend="gloo", timeout=timedelta(hours=12))     # patient: rank 0 may be tokenizing a large text
+        self.words = dist.new_group(backend="gloo")
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.data, self.tensor = mesh(tensor_parallel)
         self.data_rank, self.data_count = dist.get_rank(self.data), dist.get_world_size(self.data)
 
     def stop(self):
         """Part, when all are here."""
         if self.started:
-            dist.barrier(self.words)
+            dist.barrier(self.patient)
             dist.destroy_process_group()
 
     def everywhere(self, make) -> list:
@@ -647,7 +655,7 @@ class Ranks:
         results = [result]
         if self.count > 1:
             results = [None] * self.count
-            dist.all_gather_object(results, result, self.words)
+            dist.all_gather_object(results, result, self.patient)
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -767,6 +775,8 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for f in fields(s):
         if isinstance(getattr(s, f.name), float) and not math.isfinite(getattr(s, f.name)):
             raise ValueError(f"--{f.name} is {getattr(s, f.name)}; it must be a finite number")
+    if device.type == "mps" and (s.parallel != "ddp" or s.tensor_parallel > 1):
+        raise ValueError(f"--parallel {s.parallel} and --tensor_parallel {s.tensor_parallel} need GPUs by NVIDIA, or --device cpu")
     if s.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     positive = ("steps tokens max_seconds batch_tokens micro_batch_size sequence_length learning_rate clip log_every "
@@ -935,7 +945,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     by_clock = s.max_seconds is not None
     total = s.max_seconds if by_clock else s.steps or math.ceil(s.tokens / (batch * length))
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
-    divided = tensor_parallel(model.to(device), ranks.tensor) if s.tensor_parallel > 1 else {}
+    divided = tensor_parallel(model, ranks.tensor, device) if s.tensor_parallel > 1 else {}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     out, args, peak = ranks.from_first(lambda: open_run(s, saved, tokens_folder, training.fingerprint(), device))
     bfloat16 = args["dtype"] == "bfloat16"
@@ -951,10 +961,10 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     places = lambda optimizer: parts_of(model, parallel, optimizer, shapes, divided, ranks.tensor)
     parameters = dict(model.named_parameters())
     split = {parameters[name] for name in divided if name in parameters}    # a tied head is listed under the embedding's name
-    if s.compile and s.parallel == "fsdp":                               # what gathers and frees stays outside of the graphs
-        for layer in model.model["layers"]:
+    if s.compile and parallel is not model:          # by layers: one graph would hand over all gradients at its end, and nothing
+        for layer in model.model["layers"]:          # could be sent before
             layer.forward = torch.compile(layer.forward)
-    forward = torch.compile(parallel) if s.compile and s.parallel != "fsdp" else parallel
+    forward = torch.compile(model) if s.compile and parallel is model else parallel
 
     # --- the run folder, new or resumed
     step, seconds, skipped = 0, 0.0, 0
@@ -971,7 +981,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         cut_log(out, step)
         write_atomically(out / "args.json", json.dumps(args, indent=2).encode())
     bytes_of = token_bytes(Tokenizer.load(tokenizer), config.vocab_size) if tokenizer.exists() else None
-    # FSDP gathers weights in bfloat16 already
+    # FSDP gathers weights in bfloat16, so that all is computed in it, the residual stream too
     autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 and s.parallel != "fsdp" else nullcontext()
     say(f"model    {human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and "
         f"head): {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}\n"
@@ -1163,7 +1173,7 @@ def main():
     rank = int(os.environ.get("RANK", 0))
 
     def fail(code, error):
-        # mostly all ranks fail the same way: one line is enough, and torchrun ends the others when its writer is gone
+        # usually all ranks fail alike: the first one prints, and torchrun then ends the others, while they sleep
         if int(os.environ.get("LOCAL_RANK", 0)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(1)

@@ -297,6 +297,7 @@ class Around(torch.optim.Optimizer):
         """Show the inner optimizer's options and state."""
         for ours, theirs in zip(self.param_groups, self.optimizer.param_groups):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
+        self.defaults.update(self.optimizer.defaults)                        # schedulers look here
         self.state = self.optimizer.state
 
     def inner_step(self, **arguments):
@@ -553,6 +554,7 @@ class FSDP(nn.Module):
     an optimizer updates. Gathering and computing happen in `compute_dtype`, gradients travel in `reduce_dtype` (both: the
     parameters' dtype), and shards keep the dtype that the parameters had. `device`: where the shards are to live, so that a
     model that is too large for one GPU can be built on the CPU. All ranks must use the same units in a step.
+    What units are given and return: tensors, in tuples, lists, dicts and the like, but not in dataclasses.
     An input that needs a gradient and goes to many units (an encoder's output) keeps them gathered until that is made.
     Choose dtype and device before, not after; gradients of gradients are not possible. After an error in a backward pass, call
     finish_gradient_synchronization() and zero_grad() before going on.
@@ -1001,6 +1003,8 @@ def tensor_parallel(model: nn.Module, group, device=None) -> dict[str, tuple[int
     The embedding's rows are looked up where they are and summed; `lm_head` joins its logits, for sampling; the loss of a model
     that has `ops.linear_cross_entropy` (model.py's) does without them. ValueError when heads do not divide, or ranks hold different models."""
     ranks = dist.get_world_size(group)
+    if not hasattr(model, "config") or not any(name.endswith("q_proj") for name, _ in model.named_modules()):
+        raise ValueError("tensor_parallel: the model is no decoder with Llama's names (config.num_attention_heads, q_proj, ...)")
     start_alike(model, group, "tensor_parallel", device)
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(model.config, name)
@@ -1313,8 +1317,11 @@ def write_trace(path, timelines: dict[str, dict[str, list]]):
             events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": row}})
             events += [{"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": start - zero, "dur": end - start} for name, start, end in spans]
     temporary = Path(f"{path}.tmp.{os.getpid()}")
-    temporary.write_text(json.dumps({"traceEvents": events}))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps({"traceEvents": events}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def compare(args, device):
@@ -1329,14 +1336,17 @@ def compare(args, device):
         raise ValueError(f"--batch_size {args.batch_size} cannot be divided over {ranks} ranks")
     if args.width % args.heads or args.width < 1:
         raise ValueError(f"--width {args.width} is no multiple of --heads {args.heads}")
-    if args.trace and not Path(args.trace).absolute().parent.is_dir():
-        raise ValueError(f"--trace {args.trace}: there is no such folder")
+    if args.heads % ranks:
+        raise ValueError(f"--heads {args.heads} cannot be divided over {ranks} ranks, as tensor_parallel does")
+    if args.trace and (Path(args.trace).is_dir() or not Path(args.trace).absolute().parent.is_dir()):
+        raise ValueError(f"--trace {args.trace}: a file is expected, in a folder that exists")
     torch.manual_seed(1)
     batch = torch.randint(0, args.vocabulary, (2, args.batch_size, args.sequence_length), device=device)
     bars = dict(disable=None if rank == 0 else True, leave=False)
     size = sum(p.nbytes for p in make().parameters())
     rows, ready, want, timelines = {}, {}, None, {}
     keep_freed_memory(False)
+    step(contenders(make, ranks)["one process"](), *batch)                   # what the first step of a process takes is nobody's
     for name, build in tqdm(contenders(make, ranks).items(), desc="strategies", **bars):
         memory = Memory(device)
         c = build()
@@ -1367,13 +1377,11 @@ def compare(args, device):
         return
     for r in rows.values():
         del r["times"][0]
-    if args.trace:
-        write_trace(args.trace, timelines)
     mb = lambda n: "-" if n is None else f"{n / 1e6:.1f}"
     print(f"{ranks} ranks, {dist.get_backend()}, {device.type}: {args.layers} layers, width {args.width}, {size / 4e6:.1f}M parameters "
           f"({mb(size)} MB), float32; batch {args.batch_size} x {args.sequence_length} tokens, AdamW.\n"
           "error: largest difference of a weight from one process after three steps. sent: MB per rank and step, counted, and by the\n"
-          "formula. memory: the most that a step takes on rank 0. time: median; beside it, the median ratio to torch's of the\n"
+          "formula (FSDP gathers embedding, head and the last layer once and not twice). memory: the most that a step takes on rank 0. time: median; beside it, the median ratio to torch's of the\n"
           "line below. hidden: communication during which this rank computes.\n")
     print(f"{'strategy':36} {'error':>7} {'sent MB':>8} {'formula':>8} {'memory MB':>9} {'ms/step':>8} {'to torch':>8} {'hidden':>6}")
     names = list(rows)
@@ -1388,6 +1396,7 @@ def compare(args, device):
           f"{mb(4 * (whole - args.layers * layer))} for what\nis gathered all the time, {mb(8 * layer)} for two layers, "
           f"{mb(4 * layer)} for a layer's whole gradient.")
     if args.trace:
+        write_trace(args.trace, timelines)
         print(f"\n{args.trace}: open it in chrome://tracing or ui.perfetto.dev")
 
 
@@ -1677,7 +1686,7 @@ def plan_command(argv: list[str]):
     short = lambda number: f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
     for row in rows:
         grid, memory = f"{row['tensor']} x {row['data']:,}", f"{row['memory_bytes'] / 1e9:,.1f}"
-        cells = f"the batch does not divide: {short(row['micro_batches'])} forward passes"
+        cells = f"the batch does not divide: {row['micro_batches']:.4g} forward passes"
         if row["divides"]:
             gigabytes = short(row["nvlink_bytes"] / 1e9), short(row["network_bytes"] / 1e9)
             seconds = short(row["compute_seconds"]), short(row["step_seconds"])
@@ -1720,7 +1729,7 @@ def main():
         parser.add_argument("--largest", type=int, default=26, help="the largest size is two to this power, in bytes")
     else:
         for name, default in (("layers", 6), ("width", 512), ("heads", 8), ("vocabulary", 4096), ("sequence_length", 128), ("batch_size", 4)):
-            parser.add_argument(f"--{name}", type=int, default=default, help="of the decoder that is trained" if name != "batch_size" else
+            parser.add_argument(f"--{name}", type=int, default=default, help=f"{name.replace('_', ' ')} of the decoder" if name != "batch_size" else
                                 "sequences, over all ranks")
         parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace of one step of each strategy")
     args = parser.parse_args(sys.argv[2:] if command else None)
@@ -1742,7 +1751,7 @@ def main():
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     try:
         (collectives if command else compare)(args, device)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if local == 0:
             print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

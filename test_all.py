@@ -1903,7 +1903,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tokens, tmp_path)
     process.send_signal(signal.SIGTERM)
     text, err = process.communicate(timeout=60)
     step = json.loads((out / "state" / "latest.json").read_text())["step"]
-    assert f"stopped after step {step}" in text and f"torchrun train.py --resume {out}" in text, err
+    assert f"stopped after step {step}" in text and f"torchrun --nproc_per_node=2 train.py --resume {out}" in text, err
     assert trajectory(out)[-1][0] == step == train.load_checkpoint(out)["step"]
 
 
@@ -2094,7 +2094,8 @@ class Net(torch.nn.Module):
         x = self.embed(tokens) + self.shift
         for i, layer in enumerate(self.layers):
             arguments = x, special and i == 1
-            x = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False) if self.recompute else layer(*arguments)
+            x = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=self.recompute == "reentrant") if (
+                self.recompute) else layer(*arguments)
         return F.cross_entropy(x @ self.head.weight.T, targets)
 
 
@@ -2193,7 +2194,8 @@ def ranks_strategies():
     check("fsdp", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False)
     check("fsdp with no_sync", ddp.FSDP, lambda net, _: adamw(net), plain)
     check("fsdp, clipped", ddp.FSDP, lambda net, _: adamw(net), clipped, clip=0.05)
-    check("fsdp, recomputing", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False, recompute=True)
+    for recompute in (True, "reentrant"):
+        check("fsdp, recomputing", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False, recompute=recompute)
     check("fsdp with Muon", ddp.FSDP, lambda net, wrapped: [
           ddp.MatrixOptimizer(wrapped, named(net, True), torch.optim.Muon, lr=0.02), torch.optim.AdamW(named(net, False), lr=0.01)],
           by_muon, tolerance=1e-3)
@@ -2237,11 +2239,12 @@ def ranks_strategies():
     failures = [
         (lambda: wrapped.load_full_state_dict({**state, "shift": state["shift"], "embed.weight": torch.zeros(3)}), "embed.weight should have shape"),
         (lambda: ddp.DDP(torch.nn.Flatten()), "nothing to average"), (lambda: ddp.FSDP(torch.nn.Flatten()), "nothing to train"),
-        (lambda: ddp.mesh(ranks + 1), f"{ranks} rank(s) cannot be divided")]
+        (lambda: ddp.tensor_parallel(Net(), None), "no decoder with Llama's names"), (lambda: ddp.mesh(ranks + 1), f"{ranks} rank(s) cannot be divided")]
     if ranks > 1:
         failures += [(lambda: ddp.tensor_parallel(Transformer(small_config(num_attention_heads=4, num_key_value_heads=1)), None),
                       f"num_key_value_heads is 1, which cannot be divided over {ranks} ranks"), (lambda: ddp.DDP(linear(3, 3 + rank)), "ranks hold different models"),
-                     (lambda: ddp.FSDP(linear(3, 3 + rank)), "ranks hold different models")]
+                     (lambda: ddp.FSDP(linear(3, 3 + rank)), "ranks hold different models"),
+                     (lambda: ddp.DDP(torch.nn.BatchNorm1d(3, track_running_stats=rank == 0)), "ranks hold different models")]
     for attempt, words in failures:
         with pytest.raises(ValueError) as error:
             attempt()
@@ -2590,7 +2593,7 @@ def test_plan_with_recomputation_keeps_inputs_and_runs_layers_again():
 def test_plan_says_when_the_batch_does_not_divide(capsys):
     assert not plan_toy("ddp", gpus=64)["divides"]                           # 3200 / (64 * 100): half a micro-batch
     sizes = [text for name, value in {**TOY, **TOY_WORK}.items() for text in (f"--{name}", value)]
-    for gpus, passes in ((24, "1.33"), (64, "0.5")):
+    for gpus, passes in ((24, "1.333"), (64, "0.5")):
         code, out, _ = call_plan(capsys, *sizes, "--gpus", gpus, "--tensor_parallel", 1)
         assert code == 0 and out.count(f"the batch does not divide: {passes} forward passes") == 3
 

@@ -481,7 +481,7 @@ def save_checkpoint(folder, parts: dict[str, Part], optimizer: torch.optim.Optim
             try:
                 torch.save(content, file)
             except RuntimeError:                                         # how torch reports a full disk
-                raise OSError(f"{temporary.with_name(name)} could not be written; is the disk full?") from None
+                raise OSError(f"{temporary.with_name(name)} could not be written (is the disk full?)") from None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, state / name)
@@ -872,6 +872,12 @@ def read_log(folder: Path) -> list[dict]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def saved_files(folder: Path) -> list[str]:
+    """The files of the newest whole state, if there is one."""
+    latest = Path(folder, "state", "latest.json")
+    return read_json(latest)["files"] if latest.exists() else []
+
+
 def last_checkpoint(folder: Path) -> str:
     """A sentence about what --resume would find."""
     latest = Path(folder, "state", "latest.json")
@@ -1023,6 +1029,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
                                                              skipped=int(skipped[0])) if writes else None)
             ranks.from_first(lambda: finish([name for name in files if name]))
         except OSError as error:
+            if writes and not any(f"step_{step}." in name for name in saved_files(out)):
+                (out / "state" / f"step_{step}.rank_{ranks.rank}.pt").unlink(missing_ok=True)
             raise OSError(f"step {step} could not be saved: {describe(error)}. {last_checkpoint(out)}") from None
         meter.mark = time.perf_counter()
 
@@ -1086,7 +1094,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if first:
             print_result(meter.record, out)
         return out if not interrupt.signal else None
-    say(f"stopped after step {step}; everything is in {out}. To go on: torchrun train.py --resume {out}", flush=True)
+    together = f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')} " if ranks.count > 1 else ""
+    say(f"stopped after step {step}; everything is in {out}. To go on: torchrun {together}train.py --resume {out}", flush=True)
     if interrupt.signal:
         sys.exit(128 + interrupt.signal)                                 # what a shell reports of a process that a signal ended
     return None
@@ -1178,6 +1187,9 @@ def main():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(1)
         print(f"train.py: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            sys.stdout.flush()
+            os._exit(code)                                               # an exit by the book may wait for the others, or abort
         sys.exit(code)
 
     try:

@@ -1087,6 +1087,7 @@ def cross_entropy_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ops:
+    """What tensor_parallel puts its own in the place of, as in model.py."""
     linear_cross_entropy: object = cross_entropy_of
 
 
@@ -1108,6 +1109,8 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and feed-forward network, each added to the residual stream."""
+
     def __init__(self, width, head):
         super().__init__()
         self.first, self.second = nn.RMSNorm(width), nn.RMSNorm(width)
@@ -1119,6 +1122,8 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention."""
+
     def __init__(self, width, head):
         super().__init__()
         self.head = head
@@ -1130,6 +1135,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, width):
         super().__init__()
         inner = -(-8 * width // 3 // 64) * 64
@@ -1481,6 +1488,7 @@ class Work:
 
 
 def at_least_one(values: dict):
+    """ValueError for the first of named values that is no whole number from 1 on."""
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")

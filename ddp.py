@@ -45,6 +45,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -937,10 +938,11 @@ def unsplit(part: Tensor, dim: int, size: int, group) -> Tensor:
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
     """See `vocab_parallel_cross_entropy`. As the loss's gradient by the logits is (softmax - onehot) / count, it is at hand
-    as soon as a chunk's logits are: both gradients are taken in the forward pass and the logits are dropped."""
+    as soon as a chunk's logits are: both gradients are taken in the forward pass and the logits are dropped. What z_loss and
+    softcap add: softmax is multiplied by 1 + 2 · z_loss · logsumexp, all by the cap's slope, 1 - tanh²."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, start, rows, group, backward):
+    def forward(ctx, hidden, weight, targets, ignore_index, softcap, z_loss, start, rows, group, backward):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, w, y = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets.reshape(-1)
@@ -953,6 +955,10 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             for i in range(0, len(x), rows):
                 part = slice(i, i + rows)
                 logits = (x[part] @ w.T).float()                             # (rows, V / ranks)
+                if softcap is not None:
+                    logits.div_(softcap).tanh_()
+                    slope = 1 - logits.square() if backward else None
+                    logits.mul_(softcap)
                 # one exchange: each rank's log of its part of the sum, and the target's logit from the one that has it.
                 # A target that nobody has leaves -inf, and so an infinite loss, not a wrong one.
                 target = logits.gather(1, y[part])[:, 0].where(here[part], float("-inf"))
@@ -960,11 +966,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
                 everybodys = mine.new_empty(dist.get_world_size(group), *mine.shape)
                 all_gather(everybodys.view(-1), mine.view(-1), group).wait()
                 total, target = torch.logsumexp(everybodys[:, 0], 0), everybodys[:, 1].amax(0)       # (rows), (rows)
-                loss += (total - target).where(counted[part], 0).sum()
+                losses = total - target if not z_loss else total - target + z_loss * total.square()
+                loss += losses.where(counted[part], 0).sum()
                 if backward:
                     share = (counted[part] / count)[:, None]                 # of each position in the mean
-                    grad = logits.sub_(total[:, None]).exp_().mul_(share)
-                    grad = grad.scatter_add_(1, y[part], -share * here[part, None]).to(dtype)
+                    pull = share if not z_loss else share * (1 + 2 * z_loss * total[:, None])
+                    grad = logits.sub_(total[:, None]).exp_().mul_(pull)
+                    grad = grad.scatter_add_(1, y[part], -share * here[part, None])
+                    grad = (grad if softcap is None else grad.mul_(slope)).to(dtype)
                     x_grad[part] = grad @ w
                     w_grad += grad.T @ x[part]
         if backward:
@@ -974,20 +983,21 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         x_grad, w_grad = ctx.saved_tensors
-        return x_grad * loss_grad, w_grad * loss_grad, None, None, None, None, None, None
+        return x_grad * loss_grad, w_grad * loss_grad, *[None] * 8
 
 
 def vocab_parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group,
-                                 ignore_index: int = -100) -> Tensor:
+                                 ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0) -> Tensor:
     """Mean of -log softmax(hidden @ W.T)[target] in nats over targets that are not `ignore_index`, where each rank has the
-    part `weight` of W's rows: nobody ever holds all logits, and 2 numbers a position travel instead of V.
+    part `weight` of W's rows: nobody ever holds all logits, and 2 numbers a position travel instead of V. With `softcap`
+    logits z count as softcap · tanh(z / softcap); z_loss times the mean of logsumexp(z)² is added.
 
     hidden (..., D) and targets (...) are the same on all ranks, and so is the result."""
     start, _ = bounds(vocab_size, group)
     rows = max(512, 2 ** 22 * dist.get_world_size(group) // vocab_size)      # at a time; parts of the vocabulary differ in size
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return VocabParallelCrossEntropy.apply(CopyToRanks.apply(hidden, group), weight, targets, ignore_index, start, rows,
-                                           group, backward)
+    return VocabParallelCrossEntropy.apply(CopyToRanks.apply(hidden, group), weight, targets, ignore_index, softcap,
+                                           z_loss, start, rows, group, backward)
 
 
 DIVIDED_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -1005,6 +1015,10 @@ def tensor_parallel(model: nn.Module, group, device=None) -> dict[str, tuple[int
     ranks = dist.get_world_size(group)
     if not hasattr(model, "config") or not any(name.endswith("q_proj") for name, _ in model.named_modules()):
         raise ValueError("tensor_parallel: the model is no decoder with Llama's names (config.num_attention_heads, q_proj, ...)")
+    for key, why in (("num_local_experts", "experts are not divided; take ddp, zero1 or fsdp without it"),
+                     ("dropout", "each rank would drop something else; set it to 0")):
+        if getattr(model.config, key, None):
+            raise ValueError(f"tensor_parallel: {key} is {getattr(model.config, key)}, and {why}")
     start_alike(model, group, "tensor_parallel", device)
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(model.config, name)
@@ -1043,9 +1057,9 @@ def tensor_parallel(model: nn.Module, group, device=None) -> dict[str, tuple[int
             module.forward = MethodType(lambda self, x, size=size: JoinRanks.apply(
                 F.linear(CopyToRanks.apply(x, group), self.weight), size, group), module)
             if hasattr(model, "ops"):
-                model.ops = replace(model.ops, linear_cross_entropy=lambda hidden, weight, targets, size=size:
-                                    vocab_parallel_cross_entropy(hidden, weight, targets, size, group))
-        if hasattr(module, "q_proj") or hasattr(module, "gate_proj"):        # the input is copied once for all its products
+                model.ops = replace(model.ops, linear_cross_entropy=partial(
+                    vocab_parallel_cross_entropy, vocab_size=size, group=group))
+        if hasattr(module, "q_proj") or hasattr(module, "up_proj"):          # the input is copied once for all its products
             module.register_forward_pre_hook(lambda module, args, kwargs: _enter(module, args, kwargs, group), with_kwargs=True)
             module.register_forward_hook(lambda module, args, output: _leave(module), always_call=True)
     return divided
@@ -1500,6 +1514,8 @@ def shape_from_config(values: dict) -> Shape:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if values.get(key):
             raise ValueError(f"{key} is {values[key]}, and models with experts cannot be planned")
+    if values.get("feed_forward", "swiglu") != "swiglu":
+        raise ValueError(f"feed_forward is {values['feed_forward']}, and only swiglu can be planned")
     given = {key: values[key] for key in Shape.__dataclass_fields__ if values.get(key) is not None}
     tied = bool(given.pop("tie_word_embeddings", False))
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):

@@ -10,16 +10,18 @@ itself; a last matrix turns vectors into logits over the vocabulary:
     logits = head(norm(x))
 
 Norms are RMSNorm, positions are rotations (RoPE), the feed-forward network is SwiGLU, query heads may share key-value
-heads, and there are no biases unless a switch in `Config` says so. Parameters bear Hugging Face's names and a model on
-disk is a Hugging Face folder (config.json, model.safetensors), so there is nothing to convert: `AutoModelForCausalLM`
-opens what `save_pretrained` writes, and `load_pretrained` opens Llama, Mistral, Qwen 2 and Qwen 3 folders (in one file, with
-plain RoPE).
+heads, and there are no biases. Each of these choices is a switch in `Config`, beside what others chose: LayerNorm, norms
+after or on both sides or none, tables of positions or none, other feed-forward networks, a mixture of experts, sliding
+windows in some layers, parallel residuals, capped logits. Parameters bear Hugging Face's names and a model on disk is a
+Hugging Face folder (config.json, model.safetensors), so there is nothing to convert: `AutoModelForCausalLM` opens what
+`save_pretrained` writes as long as a family there has the same switches on, and `load_pretrained` opens Llama, Mistral,
+Mixtral, Qwen 2, Qwen 3 and Qwen 3 MoE folders (in one file, with plain RoPE).
 
     model = Transformer(PRESETS["tiny"])        # or load_pretrained("runs/...")
     loss = model(tokens, targets)               # (B, S) and (B, S) -> mean nats per token
 
 `python model.py` prints parameters, FLOPs and memory of every preset. Left out: training (train.py), sampling
-(sample.py), fused GPU kernels (they come in through `Ops`), dropout, experts.
+(sample.py), fused GPU kernels (they come in through `Ops`).
 """
 import argparse
 import difflib
@@ -51,7 +53,8 @@ class Config:
     num_attention_heads: int = 4                 # query heads
     num_key_value_heads: int | None = None       # None: as many as query heads; fewer: grouped-query attention
     head_dim: int | None = None                  # None: hidden_size / num_attention_heads
-    intermediate_size: int | None = None         # of SwiGLU; None: 8/3 of hidden_size, rounded up to a multiple of 64
+    intermediate_size: int | None = None         # of the feed-forward network, or of each expert; None: 8/3 of hidden_size,
+                                                 # rounded up to a multiple of 64, for SwiGLU; 4 times hidden_size for others
     max_position_embeddings: int = 1024          # the longest sequence
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -59,6 +62,20 @@ class Config:
     qkv_bias: bool = False                       # biases on q, k and v, as Qwen 2 has them
     qk_norm: bool = False                        # RMSNorm over each query and key head, as Qwen 3 has it
     sliding_window: int | None = None            # attend to this many latest positions, oneself counted; None: to all
+    sliding_window_pattern: int | None = None    # every so manieth layer attends to all of them even so, as in Gemma 3
+    norm: str = "rms"                            # or "layer": LayerNorm with weight and bias, as in GPT-2
+    norm_place: str = "pre"                      # x + f(norm(x)); or "post", norm(x + f(x)), as in Vaswani et al. 2017;
+                                                 # "both", x + norm(f(norm(x))), as in Gemma 2; "none"
+    position: str = "rope"                       # or "learned", a table added to the embeddings; "sinusoidal", a fixed one
+                                                 # (see sinusoidal_table); "none" (Kazemnejad et al. 2023, arXiv 2305.19466)
+    feed_forward: str = "swiglu"                 # or down(f(up x)), f being "gelu", as in GPT-2; "silu"; "relu2", the square
+                                                 # of ReLU (So et al. 2021, arXiv 2109.08668)
+    use_parallel_residual: bool = False          # x + attention(n) + feed_forward(n) with n = norm(x), as in GPT-J and PaLM
+    final_logit_softcapping: float | None = None   # logits end softly at plus and minus this, as in Gemma 2
+    num_local_experts: int | None = None         # feed-forward networks in each layer, as in Mixtral; None: a single one
+    num_experts_per_tok: int = 2                 # how many a token goes through (if 1, the balance alone teaches the router)
+    router_aux_loss_coef: float = 0.01           # times the loss that balances the experts' load, in training mode
+    dropout: float = 0.0                         # of the embeddings and of all that layers add to them, in training mode
     initializer: str = "fan_in"                  # or "glorot", the course's (see Transformer.initialize)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -67,7 +84,8 @@ class Config:
         fill = lambda name, value: object.__setattr__(self, name, value) if getattr(self, name) is None else None
         fill("num_key_value_heads", self.num_attention_heads)
         fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
-        fill("intermediate_size", -(-8 * self.hidden_size // (3 * 64)) * 64)
+        two_thirds, whole = -(-8 * self.hidden_size // (3 * 64)) * 64, 4 * self.hidden_size      # 3 matrices cost what 2 do
+        fill("intermediate_size", two_thirds if self.feed_forward == "swiglu" else whole)
         sizes = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
                  "intermediate_size max_position_embeddings").split()
         for name in sizes:
@@ -76,10 +94,43 @@ class Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}; each key-value head serves equally many")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.position == "rope":
             raise ValueError(f"head_dim {self.head_dim} is odd, and RoPE rotates pairs; make it even")
-        if self.initializer not in ("fan_in", "glorot"):
-            raise ValueError(f"initializer is {self.initializer!r}; it must be fan_in or glorot")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")
+        given = lambda name: getattr(self, name) is not None
+        refused = {       # the first that holds is told, with the field's value
+            "sliding_window": (given("sliding_window") and self.sliding_window < 1, "; it must be at least 1"),
+            "sliding_window_pattern": (given("sliding_window_pattern") and (self.sliding_window_pattern < 2 or not given(
+                "sliding_window")), "; it must be at least 2, and sliding_window be given too"),
+            "use_parallel_residual": (self.use_parallel_residual and self.norm_place == "post",
+                                      " with norm_place post; it needs a norm before both: take pre, both or none"),
+            "final_logit_softcapping": (given("final_logit_softcapping") and not self.final_logit_softcapping > 0,
+                                        "; it must be above 0, or None for no cap"),
+            "dropout": (not 0 <= self.dropout < 1, "; it must be at least 0 and below 1")}
+        if given("num_local_experts"):
+            refused |= {
+                "num_local_experts": (self.num_local_experts < 1, "; it must be at least 1, or None for no experts"),
+                "num_experts_per_tok": (not 1 <= self.num_experts_per_tok <= self.num_local_experts,
+                                        f"; it must be from 1 to num_local_experts, {self.num_local_experts}"),
+                "router_aux_loss_coef": (not self.router_aux_loss_coef >= 0, "; it must be at least 0"),
+                "feed_forward": (self.feed_forward != "swiglu", " with num_local_experts; experts are swiglu"),
+                # grouped_mm reads 16 bytes at a time: 8 numbers of bfloat16
+                "hidden_size": (self.hidden_size % 8, "; with num_local_experts it must be a multiple of 8"),
+                "intermediate_size": (self.intermediate_size % 8, "; with num_local_experts it must be a multiple of 8")}
+        for name, (wrong, why) in refused.items():
+            if wrong:
+                raise ValueError(f"{name} is {getattr(self, name)!r}{why}")
+
+    def window_of(self, layer: int) -> int | None:
+        """How many latest positions a layer attends to; None: all."""
+        n = self.sliding_window_pattern
+        return None if n and layer % n == n - 1 else self.sliding_window
+
+
+CHOICES = {"norm": ("rms", "layer"), "norm_place": ("pre", "post", "both", "none"), "initializer": ("fan_in", "glorot"),
+           "position": ("rope", "learned", "sinusoidal", "none"), "feed_forward": ("swiglu", "gelu", "silu", "relu2")}
 
 
 def _presets() -> dict[str, Config]:
@@ -134,23 +185,31 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean of -log softmax(logits)[target], in nats, over the targets that are not `ignore_index`.
+def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap): as they are while small, never beyond ±cap (Gemma Team 2024, arXiv 2408.00118)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+    """Mean of -log softmax(logits)[target], in nats, over the targets that are not `ignore_index`, plus z_loss times the
+    mean of logsumexp(logits)², which keeps logits from drifting off (Chowdhery et al. 2022, arXiv 2204.02311).
 
     logits (..., V), targets (...) of int64. log softmax(z)_t = z_t - logsumexp(z), so no softmax is formed. Float32:
     bfloat16 has 8 bits of mantissa, and V terms are summed."""
     logits, targets = logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1)
     counted = targets != ignore_index
-    target_logits = logits.gather(-1, targets.where(counted, 0)[:, None])[:, 0]
-    return (torch.logsumexp(logits, -1) - target_logits).where(counted, 0).sum() / counted.sum()
+    target_logits, total = logits.gather(-1, targets.where(counted, 0)[:, None])[:, 0], torch.logsumexp(logits, -1)
+    return (total - target_logits + z_loss * total.square()).where(counted, 0).sum() / counted.sum()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`. The gradient of the loss by the logits is (softmax - onehot) / count: it is at hand as
-    soon as a chunk's logits are, so both gradients are taken in the forward pass and the logits are dropped."""
+    soon as a chunk's logits are, so both gradients are taken in the forward pass and the logits are dropped. What z_loss
+    and softcap add: softmax is multiplied by 1 + 2 · z_loss · logsumexp, all by the cap's slope, 1 - tanh²."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backward: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float | None,
+                z_loss: float, backward: bool) -> Tensor:
         dtype = product_dtype(weight)
         x, w, y = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets.reshape(-1)
         counted = y != ignore_index
@@ -162,13 +221,21 @@ class LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, len(x), rows):
                 part = slice(i, i + rows)
                 logits = (x[part] @ w.T).float()                                     # (rows, V)
+                if softcap is not None:
+                    logits.div_(softcap).tanh_()
+                    slope = 1 - logits.square() if backward else None
+                    logits.mul_(softcap)
                 target, peak = logits.gather(1, y[part]), logits.amax(-1, keepdim=True)
                 exponentials = logits.sub_(peak).exp_()                              # in the logits' memory: V is large
                 total = exponentials.sum(-1, keepdim=True)                           # (rows, 1)
-                loss += (total.log() + peak - target)[:, 0].where(counted[part], 0).sum()
+                log_total = total.log() + peak
+                losses = log_total - target if not z_loss else log_total - target + z_loss * log_total.square()
+                loss += losses[:, 0].where(counted[part], 0).sum()
                 if backward:
                     share = (counted[part] / count)[:, None]                         # of each position in the mean
-                    grad = exponentials.mul_(share / total).scatter_add_(1, y[part], -share).to(dtype)
+                    pull = share if not z_loss else share * (1 + 2 * z_loss * log_total)
+                    grad = exponentials.mul_(pull / total).scatter_add_(1, y[part], -share)
+                    grad = (grad if softcap is None else grad.mul_(slope)).to(dtype)
                     x_grad[part] = grad @ w
                     w_grad += grad.T @ x[part]
         if backward:
@@ -178,15 +245,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad: Tensor):
         x_grad, w_grad = ctx.saved_tensors
-        return x_grad * loss_grad, w_grad * loss_grad, None, None, None
+        return x_grad * loss_grad, w_grad * loss_grad, None, None, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """`cross_entropy(hidden @ weight.T, targets)`, a chunk of positions at a time, so that the logits (N × V, the largest
-    tensor of a small model's step) never exist at once. hidden (..., hidden_size), weight (V, hidden_size), targets (...).
-    Faster than the plain version by a quarter on a CPU, where a chunk stays in cache."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
+                         softcap: float | None = None, z_loss: float = 0.0) -> Tensor:
+    """`cross_entropy(cap_logits(hidden @ weight.T, softcap), targets, ignore_index, z_loss)`, a chunk of positions at a
+    time, so that the logits (N × V, the largest tensor of a small model's step) never exist at once.
+    hidden (..., hidden_size), weight (V, hidden_size), targets (...). Faster than the plain version by a quarter on a CPU,
+    where a chunk stays in cache."""
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, backward)
+    return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, softcap, z_loss, backward)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -196,12 +265,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450).
+    In float32, returned in x's dtype."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
 def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, head_dim // 2) in float32, of the angle position * theta^(-2i / head_dim)
     (Su et al. 2021, arXiv 2104.09864). On the CPU whatever the default device, so that a model made on `meta` has them."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), 1 / theta ** exponents)
     return angles.cos(), angles.sin()
+
+
+def sinusoidal_table(hidden_size: int, length: int) -> Tensor:
+    """(length, hidden_size): sines of position · 10000^(-2i / hidden_size) in even places 2i, their cosines in the odd ones
+    behind them (Vaswani et al. 2017, arXiv 1706.03762)."""
+    cos, sin = rope_tables(hidden_size, length, 10000.0)
+    return torch.stack((sin, cos), -1).flatten(1)[:, :hidden_size]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -263,6 +345,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (N, in), sorted by expert, times their expert's matrix in weight (E, out, in): (N, out). Expert e's rows end
+    before ends[e] (int32, on the device: the host need not know how many there are)."""
+    dtype = product_dtype(x)                                                 # autocast does not know this product
+    product = F.grouped_mm
+    if dtype != torch.bfloat16 and torch.compiler.is_compiling():            # PyTorch 2.13 compiles it for bfloat16 alone
+        product = torch.compiler.disable(product)
+    return product(x.to(dtype), weight.to(dtype).transpose(1, 2), offs=ends)
+
+
+def load_balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
+    """E · Σ_e f_e P_e, where f_e is the share of all choices that fell on expert e (counts (E)) and P_e the router's mean
+    probability for it (probabilities (N, E)): 1 when all are equal, E when one expert gets everything. The gradient flows
+    through P: what is chosen too often becomes less probable (Fedus et al. 2021, arXiv 2101.03961, for several choices)."""
+    return len(counts) * (counts / counts.sum() * probabilities.mean(0)).sum()
+
+
 @dataclass(frozen=True)
 class Ops:
     """The operations worth fusing, as callables of the signatures above; train.py hands in faster ones on a GPU."""
@@ -315,13 +417,32 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps).to(product_dtype(x))
 
 
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions; query heads in groups that share a key-value head
-    (Ainslie et al. 2023, arXiv 2305.13245)."""
+class LayerNorm(nn.Module):
+    """A weight and a bias for `layer_norm`."""
 
-    def __init__(self, config: Config, ops: Ops):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        self.config, self.ops = config, ops
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps).to(product_dtype(x))
+
+
+def make_norm(config: Config, ops: Ops, *places: str) -> nn.Module:
+    """A norm of the residual stream, where config.norm_place is one of `places`; nothing elsewhere."""
+    if config.norm_place not in places:
+        return nn.Identity()
+    size, eps = config.hidden_size, config.rms_norm_eps
+    return LayerNorm(size, eps) if config.norm == "layer" else RMSNorm(size, eps, ops)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, to all earlier positions or to the `window` latest; query heads in groups that share a
+    key-value head (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: Config, ops: Ops, window: int | None):
+        super().__init__()
+        self.config, self.ops, self.window = config, ops, window
         query_size, key_value_size = (h * config.head_dim for h in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
@@ -337,46 +458,109 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                             # (B, H, S, D)
-        q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
+        if self.config.position == "rope":
+            q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
         placed = {}
         if cache is not None:
             # an empty cache needs no mask by rows: everybody starts at 0 and the fast causal path serves
             placed = {"query_start": cache.lengths} if cache.end else {}
             k, v = cache.append(layer, k, v)
             k, v = k.to(q.dtype), v.to(q.dtype)
-        out = self.ops.attention(q, k, v, causal=True, window=self.config.sliding_window,
-                                 document_ids=document_ids, **placed)                # (B, Hq, S, D)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = self.ops.attention(q, k, v, causal=True, window=self.window, document_ids=document_ids, **placed)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                           # of (B, Hq, S, D)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU: down(silu(gate x) * up x); or down(f(up x)) with another function f and no gate."""
 
     def __init__(self, config: Config, ops: Ops):
         super().__init__()
-        self.ops = ops
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.ops, self.kind = ops, config.feed_forward
+        if self.kind == "swiglu":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        if self.kind == "swiglu":
+            return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ACTIVATIONS[self.kind](self.up_proj(x)))
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks side by side, their matrices stacked."""
+
+    def __init__(self, config: Config, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        count, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(count, inner, hidden))
+        self.up_proj = nn.Parameter(torch.empty(count, inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        gate, up = grouped_linear(x, self.gate_proj, ends), grouped_linear(x, self.up_proj, ends)
+        return grouped_linear(self.ops.swiglu(gate, up), self.down_proj, ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through the k experts that the router finds likeliest for it, and their results are added up, weighted
+    by its probabilities, which are made to sum to one (Shazeer et al. 2017, arXiv 1701.06538; Jiang et al. 2024, arXiv
+    2401.04088). No expert has a limit, so no token is dropped.
+
+    Sorted by expert, all tokens go through all experts in three products, whose row ranges stay on the device."""
+
+    def __init__(self, config: Config, ops: Ops):
+        super().__init__()
+        self.choices = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)      # the router
+        self.experts = Experts(config, ops)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, (B, S, hidden_size), and in training mode the load-balancing loss."""
+        tokens = x.flatten(0, -2)                                                    # (N, hidden_size)
+        probabilities = softmax(self.gate(tokens).float())                           # (N, E)
+        weights, experts = probabilities.topk(self.choices)                          # each (N, k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        experts = experts.flatten()                                                  # (N · k)
+        counts = torch.zeros_like(probabilities[0], dtype=torch.int64).scatter_add_(0, experts, torch.ones_like(experts))
+        order = experts.argsort(stable=True)
+        sorted_results = self.experts(tokens[order // self.choices], counts.cumsum(0).to(torch.int32))
+        results = sorted_results[order.argsort()].unflatten(0, (-1, self.choices))   # (N, k, hidden_size)
+        out = (results * weights.to(results.dtype)[..., None]).sum(1).view_as(x)
+        return out, load_balance_loss(probabilities, counts) if self.training else None
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then the same with the feed-forward network. Norms stand before, so that the residual
-    stream runs from embedding to head untouched."""
+    stream runs from embedding to head untouched; elsewhere, too, or instead, where `config.norm_place` says so."""
 
-    def __init__(self, config: Config, ops: Ops):
+    def __init__(self, config: Config, ops: Ops, window: int | None):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.self_attn = Attention(config, ops)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.mlp = FeedForward(config, ops)
+        self.config = config
+        self.input_layernorm = make_norm(config, ops, "pre", "both")
+        self.self_attn = Attention(config, ops, window)
+        if not config.use_parallel_residual:
+            self.post_attention_layernorm = make_norm(config, ops, "pre", "both")
+        self.mlp = MixtureOfExperts(config, ops) if config.num_local_experts else FeedForward(config, ops)
+        self.attention_output_layernorm = make_norm(config, ops, "both", "post")
+        self.mlp_output_layernorm = make_norm(config, ops, "both", "post")
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, layer, cache, document_ids):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache, document_ids)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, layer, cache, document_ids) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind this layer, and its load-balancing loss; None where it has no experts."""
+        attend = lambda y: self.self_attn(y, cos, sin, layer, cache, document_ids)
+        feed = self.mlp if self.config.num_local_experts else lambda y: (self.mlp(y), None)
+        if self.config.norm_place == "post":
+            x = self.attention_output_layernorm(x + self.dropout(attend(x)))
+            y, balance = feed(x)
+            return self.mlp_output_layernorm(x + self.dropout(y)), balance
+        n = self.input_layernorm(x)
+        x = x + self.dropout(self.attention_output_layernorm(attend(n)))
+        if not self.config.use_parallel_residual:                                    # which takes the same n for both
+            n = self.post_attention_layernorm(x)
+        y, balance = feed(n)
+        return x + self.dropout(self.mlp_output_layernorm(y)), balance
 
 
 class Transformer(nn.Module):
@@ -387,14 +571,20 @@ class Transformer(nn.Module):
         self.config, self.ops = config, ops
         self.model = nn.ModuleDict({                       # the level that Hugging Face's names have: "model.layers.0..."
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps, ops)})
+            "layers": nn.ModuleList(Layer(config, ops, config.window_of(i)) for i in range(config.num_hidden_layers)),
+            "norm": make_norm(config, ops, "pre", "both")})
+        if config.position == "learned":
+            self.model["embed_positions"] = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         cos, sin = rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        if config.position == "sinusoidal":
+            table = sinusoidal_table(config.hidden_size, config.max_position_embeddings)
+            self.register_buffer("sinusoids", table, persistent=False)
         self.initialize()
 
     @torch.no_grad()
@@ -403,75 +593,119 @@ class Transformer(nn.Module):
 
         `fan_in`: standard deviation 1/√fan-in keeps the variance of activations from layer to layer; the two matrices
         that write to the residual stream are smaller by √(2 · layers), the number of writes that add up there (Radford
-        et al. 2019). The embedding has 1/√hidden_size too, which also fits it for a tied head.
-        `glorot`, the course's: 2/(fan-in + fan-out) as the variance of every matrix, 1 for the embedding."""
+        et al. 2019). The embedding has 1/√hidden_size too, which also fits it for a tied head; so have learned positions.
+        `glorot`, the course's: 2/(fan-in + fan-out) as the variance of every matrix, 1 for the embedding (as it enters the
+        residual stream: sinusoidal positions have it multiplied by √hidden_size) and for learned positions."""
+        multiplied = self.config.position == "sinusoidal"
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif parameter.dim() == 2:
-                fan_out, fan_in = parameter.shape
-                if self.config.initializer == "glorot":
-                    std = 1.0 if "embed" in name else math.sqrt(2 / (fan_in + fan_out))
+            elif parameter.dim() >= 2:                     # of stacked experts each by its own fan-in
+                fan_out, fan_in = parameter.shape[-2:]
+                if self.config.initializer == "glorot" and "embed" in name:
+                    std = 1 / math.sqrt(fan_in) if multiplied else 1.0
+                elif self.config.initializer == "glorot":
+                    std = math.sqrt(2 / (fan_in + fan_out))
                 else:
-                    writes = 2 * self.config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                    residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+                    writes = 2 * self.config.num_hidden_layers if residual else 1
                     std = 1 / math.sqrt(fan_in * writes)
                 nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """The last hidden states, after the final norm: tokens (B, S) -> (B, S, hidden_size).
-
-        With a cache, tokens continue each row where it stands, and the cache grows by S. `document_ids` (B, S): a
-        position attends only to its own document. ValueError when a position passes max_position_embeddings."""
+    def run(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> tuple[Tensor, list]:
+        """The last hidden states, as of `hidden`, and the load-balancing loss of every layer that has one."""
         end = tokens.shape[1] + (cache.end if cache is not None else 0)
         if end > self.config.max_position_embeddings:
             raise ValueError(f"{end} positions exceed max_position_embeddings {self.config.max_position_embeddings}; "
                              "give a shorter sequence")
         if cache is None or cache.end == 0:
-            cos, sin = self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]]        # (S, D // 2)
+            positions = slice(tokens.shape[1])
+            cos, sin = self.cos[positions], self.sin[positions]                      # (S, D // 2)
         else:
-            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)     # (B, S)
             cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]    # (B, 1, S, D // 2)
         x = self.model["embed_tokens"](tokens)                                       # (B, S, hidden_size)
+        if self.config.position == "learned":
+            x = x + self.model["embed_positions"].weight[positions]
+        if self.config.position == "sinusoidal":
+            # embeddings of variance 1/hidden_size would drown in sines; the paper multiplies them too
+            x = math.sqrt(self.config.hidden_size) * x + self.sinusoids[positions].to(x.dtype)
+        x, balances = self.dropout(x), []
         for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, cos, sin, i, cache, document_ids)
+            x, balance = layer(x, cos, sin, i, cache, document_ids)
+            balances += [] if balance is None else [balance]
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.model["norm"](x)
+        return self.model["norm"](x), balances
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """The last hidden states, after the final norm: tokens (B, S) -> (B, S, hidden_size).
+
+        With a cache, tokens continue each row where it stands, and the cache grows by S. `document_ids` (B, S): a
+        position attends only to its own document (tables of positions count on from the start of the row all the same).
+        ValueError when a position passes max_position_embeddings."""
+        return self.run(tokens, cache, document_ids)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: last hidden states (..., hidden_size) -> logits (..., V)."""
+        return cap_logits(self.lm_head(hidden), self.config.final_logit_softcapping)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                document_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, S, V); or, given targets (B, S), the mean loss in nats per token (targets of -100 do not count)."""
-        hidden = self.hidden(tokens, cache, document_ids)
+                document_ids: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Logits (B, S, V); or, given targets (B, S), the mean loss in nats per token (targets of -100 do not count), plus
+        z_loss times the mean of logsumexp(logits)², plus in training mode the load-balancing loss of experts."""
+        hidden, balances = self.run(tokens, cache, document_ids)
         if targets is None:
-            return self.lm_head(hidden)
-        return self.ops.linear_cross_entropy(hidden, self.lm_head.weight, targets)
+            return self.logits(hidden)
+        extras = {"softcap": self.config.final_logit_softcapping, "z_loss": z_loss}
+        extras = {name: value for name, value in extras.items() if value}            # an op need not know what is off
+        loss = self.ops.linear_cross_entropy(hidden, self.lm_head.weight, targets, **extras)
+        return loss + self.config.router_aux_loss_coef * torch.stack(balances).mean() if balances else loss
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Counting
 
-def num_parameters(config: Config, embeddings: bool = True) -> int:
-    """Number of parameters N. embeddings=False leaves out both V × hidden_size tables, embedding and head: the N of
-    Kaplan et al. 2020 (arXiv 2001.08361)."""
+def num_parameters(config: Config, embeddings: bool = True, active: bool = False) -> int:
+    """Number of parameters N. embeddings=False leaves out the tables: embedding, head and learned positions: the N of Kaplan
+    et al. 2020 (arXiv 2001.08361). active=True counts of the experts those alone that a token goes through."""
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    layer = (c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-             + c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim)
-    tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    return c.num_hidden_layers * layer + c.hidden_size + embeddings * tables
+    norm = c.hidden_size * (2 if c.norm == "layer" else 1)
+    experts = (c.num_experts_per_tok if active else c.num_local_experts) if c.num_local_experts else 1
+    layer = (c.hidden_size * (2 * q + 2 * kv) + experts * feed_forward_size(c) + c.hidden_size * (c.num_local_experts or 0)
+             + norms_per_layer(c) * norm + c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim)
+    tables = c.hidden_size * (c.vocab_size * (1 if c.tie_word_embeddings else 2)
+                              + (c.position == "learned") * c.max_position_embeddings)
+    final = norm if c.norm_place in ("pre", "both") else 0
+    return c.num_hidden_layers * layer + final + embeddings * tables
+
+
+def feed_forward_size(config: Config) -> int:
+    """Parameters of a feed-forward network, or of one expert."""
+    return (3 if config.feed_forward == "swiglu" else 2) * config.hidden_size * config.intermediate_size
+
+
+def norms_per_layer(config: Config) -> int:
+    """Norms of the residual stream in each layer."""
+    inputs = 1 if config.use_parallel_residual else 2            # what goes in is normed, or what comes out, or both
+    return {"pre": inputs, "post": 2, "both": inputs + 2, "none": 0}[config.norm_place]
 
 
 def flops_by_component(config: Config, sequence_length: int) -> dict[str, int]:
-    """Forward FLOPs per token of the matrix products (a multiply-add is two; norms and the like are under one percent).
+    """Forward FLOPs per token of the matrix products (a multiply-add is two; norms and the like are under one percent). Of
+    experts those that the token goes through, and the router.
 
     `scores` are q kᵀ and the product with v over all S keys, the convention of published utilizations (Chowdhery et al.
     2022, arXiv 2204.02311, appendix B); causal attention that skips what is masked does half of them."""
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    keys = min(sequence_length, c.sliding_window or sequence_length)
+    keys = sum(min(sequence_length, c.window_of(i) or sequence_length) for i in range(c.num_hidden_layers))
+    experts = c.num_experts_per_tok if c.num_local_experts else 1
+    feed_forward = experts * feed_forward_size(c) + c.hidden_size * (c.num_local_experts or 0)
     return {"projections": c.num_hidden_layers * 2 * c.hidden_size * (2 * q + 2 * kv),
-            "scores": c.num_hidden_layers * 4 * keys * q,
-            "feed_forward": c.num_hidden_layers * 6 * c.hidden_size * c.intermediate_size,
+            "scores": 4 * keys * q,
+            "feed_forward": c.num_hidden_layers * 2 * feed_forward,
             "head": 2 * c.hidden_size * c.vocab_size}
 
 
@@ -489,14 +723,19 @@ def memory_bytes(config: Config, batch_size: int = 1, sequence_length: int | Non
     copies of the weights too, and the gradient of the head's weight, which linear_cross_entropy takes early."""
     c = config
     parameters, tokens = num_parameters(c), batch_size * (sequence_length or c.max_position_embeddings)
-    norm = (4 + 4 + compute_bytes) * c.hidden_size            # its input, and that divided by its root mean square; the output
+    # of RMSNorm its input, that divided by its root mean square, and the output; of LayerNorm, one kernel, input and output
+    norm = ((4 if c.norm == "layer" else 4 + 4) + compute_bytes) * c.hidden_size
+    stream = norms_per_layer(c) * norm or 2 * 4 * c.hidden_size   # without norms: what goes into attention and feed-forward
     heads = 5 * c.num_attention_heads * c.head_dim            # q, k and v for every query head; the output, in two layouts
-    inner = 4 * c.intermediate_size                           # gate, silu(gate), up, their product
-    layer = 2 * norm + compute_bytes * (heads + inner)
+    inner = (4 if c.feed_forward == "swiglu" else 2) * c.intermediate_size   # gate, silu(gate), up, product; or up, f(up)
+    if c.num_local_experts:                                   # of each passed; what goes in, what comes out in two orders
+        inner = c.num_experts_per_tok * (inner + 3 * c.hidden_size)
+    layer = stream + compute_bytes * (heads + inner)
+    final = norm if c.norm_place in ("pre", "both") else 0
     head = 4 * c.vocab_size * c.hidden_size
     copies = compute_bytes * num_parameters(c, embeddings=False) if compute_bytes < 4 else 0
     return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters,
-            "activations": tokens * (c.num_hidden_layers * layer + norm) + head + copies}
+            "activations": tokens * (c.num_hidden_layers * layer + final) + head + copies}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -566,27 +805,52 @@ def load_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+           "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+           "flatlm": "Transformer"}
+# what config.json and `Config` call by the same name: in every family, and beyond that in some
+SHARED_KEYS = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+               "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings bos_token_id eos_token_id").split()
+FAMILY_KEYS = {"mistral": ["sliding_window"], "qwen3_moe": ["num_experts_per_tok", "router_aux_loss_coef"],
+               "mixtral": ["sliding_window", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"],
+               "flatlm": list(Config.__dataclass_fields__)}
+
+
 def model_type(config: Config) -> str:
     """The Hugging Face architecture that has exactly this model's switches on; "flatlm" when none has."""
-    switches = (config.qkv_bias, config.qk_norm, config.sliding_window is not None)
-    return {(False, False, False): "llama", (True, False, False): "qwen2", (False, True, False): "qwen3",
-            (False, False, True): "mistral"}.get(switches, "flatlm")
+    c = config
+    for name in ("norm", "norm_place", "position", "feed_forward", "use_parallel_residual", "final_logit_softcapping"):
+        if getattr(c, name) != getattr(Config, name):
+            return "flatlm"
+    plain = "llama" if c.sliding_window is None else "mistral"
+    kinds = {(False, False, False): plain, (True, False, False): "qwen2", (False, True, False): "qwen3",
+             (False, False, True): "mixtral", (False, True, True): "qwen3_moe"}
+    kind = kinds.get((c.qkv_bias, c.qk_norm, c.num_local_experts is not None), "flatlm")
+    return kind if c.sliding_window_pattern is None or kind in ("qwen2", "qwen3") else "flatlm"
 
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-           "mistral": "MistralForCausalLM", "flatlm": "Transformer"}
+def layer_types(config: Config) -> list[str]:
+    """What each layer attends to, in config.json's words."""
+    return [("full" if config.window_of(i) is None else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
 
 
 def config_to_json(config: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """What config.json says of a model. RoPE stands twice: transformers 4 read rope_theta, 5 reads rope_parameters."""
+    """What config.json says of a model. RoPE stands twice: transformers 4 read rope_theta, 5 reads rope_parameters. That of
+    a flatlm model has every field of `Config`."""
     kind = model_type(config)
-    keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-            "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings bos_token_id eos_token_id").split()
-    keys += ["sliding_window"] if kind == "mistral" else ["qkv_bias", "qk_norm", "sliding_window"] if kind == "flatlm" else []
-    return {"architectures": [CLASSES[kind]], "model_type": kind, **{key: getattr(config, key) for key in keys},
-            "hidden_act": "silu", "rope_scaling": None, "torch_dtype": str(dtype).removeprefix("torch."),
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {})}
+    values = {"architectures": [CLASSES[kind]], "model_type": kind,
+              **{key: getattr(config, key) for key in SHARED_KEYS + FAMILY_KEYS.get(kind, [])},
+              "hidden_act": "silu", "rope_scaling": None, "torch_dtype": str(dtype).removeprefix("torch."),
+              "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    if kind == "llama":
+        values |= {"attention_bias": False, "mlp_bias": False}
+    if kind == "qwen3_moe":
+        values |= {"num_experts": config.num_local_experts, "moe_intermediate_size": config.intermediate_size,
+                   "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if kind.startswith("qwen") and config.sliding_window is not None:
+        values |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
+        values |= {"layer_types": layer_types(config)} if kind in ("qwen2", "qwen3") else {}
+    return values
 
 
 def config_from_json(values: dict) -> Config:
@@ -596,38 +860,107 @@ def config_from_json(values: dict) -> Config:
         raise ValueError(f"model_type is {kind!r}; supported are {', '.join(CLASSES)}")
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
-    attention_bias = kind in ("llama", "qwen3") and values.get("attention_bias", False)    # qwen2 has q, k, v biases always
+    sparse = kind == "qwen3_moe"
+    attention_bias = kind in ("llama", "qwen3", "qwen3_moe") and values.get("attention_bias", False)   # qwen2: always
     supported = {"hidden_act": values.get("hidden_act", "silu") == "silu",
                  "attention_bias": not attention_bias,
                  "mlp_bias": not values.get("mlp_bias", False),
                  "rope_parameters": rope.get("rope_type", "default") == "default",
                  "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) == "default",
-                 "use_sliding_window": not values.get("use_sliding_window", False)}
+                 "norm_topk_prob": not sparse or values.get("norm_topk_prob", False),
+                 "decoder_sparse_step": not sparse or values.get("decoder_sparse_step", 1) == 1,
+                 "mlp_only_layers": not sparse or not values.get("mlp_only_layers")}
     for field, fine in supported.items():
         if not fine:
-            raise ValueError(f"{field} is {values[field]!r}, which this model does not support")
-    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in values]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    fields = {key: values[key] for key in Config.__dataclass_fields__ if key in values}
+            raise ValueError(f"{field} is {values.get(field)!r}, which this model does not support")
+    if sparse:                                            # names that transformers has changed, or that differ from ours
+        values = {"num_experts": values.get("num_local_experts"), **values}
+        values |= {"num_local_experts": values["num_experts"], "intermediate_size": values.get("moe_intermediate_size")}
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+    needed += ["num_local_experts", "num_experts_per_tok", "intermediate_size"] if kind in ("mixtral", "qwen3_moe") else []
+    for key in needed:
+        if values.get(key) is None:
+            raise ValueError(f"{key} is missing")
+    fields = {key: values[key] for key in SHARED_KEYS + FAMILY_KEYS.get(kind, []) if key in values}
     fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    if kind != "flatlm":
-        fields |= {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3",
-                   "sliding_window": values.get("sliding_window") if kind == "mistral" else None}
-    return Config(**fields)
+    if kind == "flatlm":
+        return Config(**fields)
+    if sparse:
+        fields["num_local_experts"] = values["num_local_experts"]
+    fields |= {"qkv_bias": kind == "qwen2", "qk_norm": kind in ("qwen3", "qwen3_moe")}
+    return with_windows(Config(**fields), values) if kind.startswith("qwen") else Config(**fields)
+
+
+def with_windows(config: Config, values: dict) -> Config:
+    """The config of a Qwen with the sliding windows that its config.json asks for, in all layers or all but every n-th."""
+    window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
+    if window is None and not values.get("layer_types"):
+        return config
+    if config.num_local_experts:                          # a list of layers is nothing to Qwen 3 MoE
+        return replace(config, sliding_window=window)
+    first = values.get("max_window_layers", 28)           # where windows begin, if there is no list
+    field = "layer_types" if values.get("layer_types") else "max_window_layers"
+    asked = values.get("layer_types") or [
+        ("full" if i < first else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
+    if "sliding_attention" not in asked:
+        window = None
+    n = asked.index("full_attention") + 1 if "full_attention" in asked else 1
+    config = replace(config, sliding_window=window, sliding_window_pattern=n if window and n > 1 else None)
+    if layer_types(config) != asked:
+        raise ValueError(f"{field} is {values.get(field)!r}, which no sliding_window_pattern gives")
+    return config
+
+
+# Experts are stacked in memory and stand one by one on disk, under names that each family chose for itself
+EXPERTS_ON_DISK = {"mixtral": ("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+                   "qwen3_moe": ("mlp", {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"})}
+
+
+def to_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The module's tensors as model.safetensors has them: "model.layers.0.mlp.experts.up_proj" becomes
+    "model.layers.0.block_sparse_moe.experts.0.w3.weight" and so on, in a Mixtral."""
+    if kind not in EXPERTS_ON_DISK:
+        return tensors
+    block, names = EXPERTS_ON_DISK[kind]
+    out = {}
+    for name, tensor in tensors.items():
+        prefix, found, matrix = name.replace(".mlp.", f".{block}.").rpartition(".experts.")
+        if found:
+            out |= {f"{prefix}.experts.{e}.{names[matrix]}.weight": one for e, one in enumerate(tensor)}
+        else:
+            out[matrix] = tensor
+    return out
+
+
+def from_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """What `to_disk` did, undone; experts are copied together."""
+    if kind not in EXPERTS_ON_DISK:
+        return tensors
+    block, names = EXPERTS_ON_DISK[kind]
+    ours = {theirs: name for name, theirs in names.items()}
+    out, stacks = {}, {}
+    for name, tensor in tensors.items():
+        name = name.replace(f".{block}.", ".mlp.")
+        if ".experts." in name:
+            prefix, number, matrix = name.removesuffix(".weight").rsplit(".", 2)
+            stacks.setdefault(f"{prefix}.{ours[matrix]}", {})[int(number)] = tensor
+        else:
+            out[name] = tensor
+    return out | {name: torch.stack([stack[e] for e in range(len(stack))]) for name, stack in stacks.items()}
 
 
 def save_pretrained(model: Transformer, folder, tensors: dict[str, Tensor] | None = None):
     """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open, with its own weights
-    or with `tensors`, gathered from the ranks that share them. The tokenizer's files are the caller's to add. A model with a mix of switches that no Hugging Face architecture has is written all the
-    same, as model_type "flatlm", which `load_pretrained` alone reads."""
+    or with `tensors`, gathered from the ranks that share them. The tokenizer's files are the caller's to add. A model with a
+    mix of switches that no Hugging Face architecture has is written all the same, as model_type "flatlm", which
+    `load_pretrained` alone reads."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = model.config
     tensors = dict(model.state_dict() if tensors is None else tensors)
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     ends = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id") if getattr(config, key) is not None}
-    save_safetensors(tensors, Path(folder, "model.safetensors"))
+    save_safetensors(to_disk(tensors, model_type(config)), Path(folder, "model.safetensors"))
     write_atomically(Path(folder, "generation_config.json"), json.dumps(ends, indent=2).encode())
     write_atomically(Path(folder, "config.json"), json.dumps(config_to_json(config, model.lm_head.weight.dtype), indent=2).encode())
 
@@ -665,14 +998,14 @@ def load_pretrained(folder, ops: Ops = Ops()) -> Transformer:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):                            # shapes only: the file's tensors become the parameters
         model = Transformer(config, ops)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in to_disk(model.state_dict(), values["model_type"]).items()}
     for name in [*expected, *tensors]:
         have, want = tensors[name].shape if name in tensors else None, expected.get(name)
         if have != want:
             say = lambda shape: "none" if shape is None else str(tuple(shape))
             raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {name} should have shape "
                              f"{say(want)} and has {say(have)}")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(from_disk(tensors, values["model_type"]), assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
     return model.requires_grad_()

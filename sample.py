@@ -74,12 +74,12 @@ def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Ten
         row[:len(prompt)] = torch.tensor(prompt)
     hidden = model.hidden(tokens.to(model.cos.device), cache)                # (B, S, hidden_size)
     cache.lengths.copy_(lengths)
-    return model.lm_head(hidden[torch.arange(len(prompts)), lengths - 1])
+    return model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
 
 def decode_one(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token (B) to each row; returns the logits behind it, (B, V)."""
-    return model.lm_head(model.hidden(tokens[:, None], cache)[:, -1])
+    return model.logits(model.hidden(tokens[:, None], cache)[:, -1])
 
 
 def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
@@ -88,6 +88,8 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
     """Yield, step by step, each row's new token, or None for a row that has ended. Arguments as in `generate`."""
     config = model.config
     check(config, prompts, max_new_tokens, temperature, top_k, top_p)
+    if model.training and config.dropout:
+        raise ValueError(f"the model is in training mode, with dropout {config.dropout}; call model.eval() first")
     if not prompts:
         return
     prompts = [prompt or [config.bos_token_id] for prompt in prompts]
@@ -240,7 +242,7 @@ def main():
         if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
             raise ValueError(f"--device is {device}, and this machine has none; take cpu")
         folder = Path(args.model) if args.model else newest_run()
-        model = load_pretrained(folder).to(device)
+        model = load_pretrained(folder).to(device).eval()
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}")

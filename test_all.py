@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ from model import (PRESETS, Config, KVCache, Ops, Transformer, apply_rope, atten
                    flops_by_component, flops_per_token, linear_cross_entropy, load_pretrained, load_safetensors, memory_bytes,
                    num_parameters, rms_norm, rope_tables, save_pretrained, save_safetensors, softmax, swiglu)
 from sample import filter_logits, generate
-from train import AdamW, TokenDataset, clip_grad_norm_, learning_rate, permute
+from train import AdamW, Mixture, Muon, TokenDataset, clip_grad_norm_, learning_rate, permute
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"
@@ -1277,20 +1278,30 @@ def test_cross_entropy_of_known_probabilities_is_minus_their_mean_logarithm():
     assert cross_entropy(logits, torch.tensor([0, 2, -100])).item() == pytest.approx(-(math.log(0.7) + math.log(0.8)) / 2, abs=1e-6)
 
 
-def test_linear_cross_entropy_and_its_gradients_equal_torchs_in_float64():
+def capped_loss(logits, targets, softcap=None, z_loss=0.0):
+    """Cross-entropy in the logits' own precision, from torch's, with what softcap and z_loss stand for written out."""
+    logits = logits.flatten(0, -2) if softcap is None else softcap * torch.tanh(logits.flatten(0, -2) / softcap)
+    counted = targets.flatten() != -100
+    return F.cross_entropy(logits, targets.flatten()) + z_loss * torch.logsumexp(logits[counted], -1).pow(2).mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 5.0, "z_loss": 0.02}])
+def test_linear_cross_entropy_and_its_gradients_equal_torchs_in_float64(options):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(2, 700, 24), torch.randn(50, 24), torch.randint(50, (2, 700))   # three chunks of 512
     targets[0, :7] = -100
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
-    expected = F.cross_entropy((wide[0] @ wide[1].T).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    expected = capped_loss(wide[0] @ wide[1].T, targets, **options)
     (3 * expected).backward()
     ours = [t.requires_grad_() for t in (hidden, weight)]
-    loss = linear_cross_entropy(*ours, targets)
+    loss = linear_cross_entropy(*ours, targets, **options)
     (3 * loss).backward()
     assert error_of(loss, expected) < 1e-6
     assert all(error_of(a.grad, b.grad) < 1e-5 for a, b in zip(ours, wide))
     with torch.no_grad():
-        assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert linear_cross_entropy(hidden, weight, targets, **options).item() == pytest.approx(expected.item(), rel=1e-6)
+        logits = model_file.cap_logits(hidden @ weight.T, options.get("softcap"))
+        assert cross_entropy(logits, targets, z_loss=options.get("z_loss", 0.0)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_rms_norm_divides_by_the_root_of_the_mean_square():
@@ -1343,13 +1354,63 @@ def test_attention_equals_loops_over_queries_and_keys(queries, options):
         assert error_of(function(q, k, v, **arguments), expected) < 1e-5, function
 
 
+def test_layer_norm_takes_out_the_mean_and_divides_by_the_standard_deviation():
+    x, weight, bias = torch.randn(4, 6, dtype=torch.float64), *torch.randn(2, 6, dtype=torch.float64)
+    off = x - x.sum(-1, keepdim=True) / 6
+    expected = off / ((off ** 2).sum(-1, keepdim=True) / 6 + 1e-5).sqrt() * weight + bias
+    assert error_of(model_file.layer_norm(x.float(), weight.float(), bias.float(), 1e-5), expected) < 1e-6
+
+
+def test_sinusoids_at_points_worked_by_hand():
+    table = model_file.sinusoidal_table(4, 3)                                # angles p · 10000^(-2i / 4): p and p / 100
+    expected = torch.tensor([[0, 1, 0, 1], [math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)],
+                             [math.sin(2), math.cos(2), math.sin(0.02), math.cos(0.02)]])
+    assert torch.allclose(table, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grouped_product_and_its_gradients_equal_a_loop_over_experts(dtype):
+    torch.manual_seed(0)
+    x, weight, gradient = torch.randn(11, 16), torch.randn(4, 24, 16), torch.randn(11, 24)
+    parts = [(0, 3), (3, 3), (3, 10), (10, 11)]                              # the second expert has nothing to do
+    wide = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
+    expected = torch.cat([wide[0][a:b] @ one.T for (a, b), one in zip(parts, wide[1])])
+    expected.backward(gradient.to(dtype).double())
+    ours = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    out = model_file.grouped_linear(*ours, torch.tensor([b for _, b in parts], dtype=torch.int32))
+    out.backward(gradient.to(dtype))
+    limit = 1e-6 if dtype == torch.float32 else 5e-3
+    assert out.dtype == dtype and error_of(out, expected) < limit
+    assert all(error_of(a.grad, b.grad) < limit for a, b in zip(ours, wide)) and ours[1].grad[1].abs().max() == 0
+
+
+def test_load_balance_loss_worked_by_hand():
+    probabilities = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0], [0.75, 0.25]])      # mean 0.75 and 0.25
+    balance = model_file.load_balance_loss
+    assert balance(probabilities, torch.tensor([3, 1])).item() == pytest.approx(2 * (0.75 * 0.75 + 0.25 * 0.25))
+    assert balance(torch.full((6, 3), 1 / 3), torch.tensor([4, 4, 4])).item() == pytest.approx(1)       # two choices each
+    assert balance(torch.eye(3)[[0, 0, 0]], torch.tensor([3, 0, 0])).item() == pytest.approx(3)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # model.py: the model
 
 SMALL = Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                intermediate_size=48, max_position_embeddings=40)
-VARIANTS = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 16}, "mistral": {"sliding_window": 5},
-            "tied": {"tie_word_embeddings": True}}
+EXPERTS = {"num_local_experts": 4, "router_aux_loss_coef": 0.5}
+FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 16}, "mistral": {"sliding_window": 5},
+            "tied": {"tie_word_embeddings": True}, "mixtral": EXPERTS, "mixtral windows": {**EXPERTS, "sliding_window": 5},
+            "qwen3_moe": {**EXPERTS, "qk_norm": True, "num_experts_per_tok": 3, "sliding_window": 6},
+            "qwen3 some windows": {"qk_norm": True, "num_hidden_layers": 3, "sliding_window": 3, "sliding_window_pattern": 2},
+            "qwen2 windows": {"qkv_bias": True, "sliding_window": 4}}
+VARIANTS = FAMILIES | {                                                      # the rest no family has
+    "layer": {"norm": "layer"}, "post": {"norm": "layer", "norm_place": "post"}, "both": {"norm_place": "both"},
+    "unnormed": {"norm_place": "none"}, "learned": {"position": "learned"}, "nope": {"position": "none", "head_dim": 7},
+    "sinusoidal": {"position": "sinusoidal", "tie_word_embeddings": True}, "gelu": {"feed_forward": "gelu"},
+    "silu": {"feed_forward": "silu"}, "relu2": {"feed_forward": "relu2"}, "parallel": {"use_parallel_residual": True},
+    "windows": {"sliding_window": 3, "sliding_window_pattern": 2}, "capped": {"final_logit_softcapping": 1.5},
+    "mix": {"norm": "layer", "norm_place": "both", "position": "learned", "use_parallel_residual": True, "qkv_bias": True,
+            "final_logit_softcapping": 2.0, "sliding_window": 4, **EXPERTS, "num_experts_per_tok": 1}}
 
 
 def small(variant="llama", seed=0, **changes):
@@ -1364,43 +1425,194 @@ def small(variant="llama", seed=0, **changes):
 
 
 def by_hand(model, tokens):
-    """The logits of a llama or qwen3 model for one sequence, in float64, from its named weights and the formulas alone."""
-    w, c = {name: p.double() for name, p in model.state_dict().items()}, model.config
-    norm = lambda x, weight: x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
-    x = w["model.embed_tokens.weight"][tokens]
-    angles = torch.arange(len(tokens)).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    """The logits for one sequence, in float64, from the model's named weights and the formulas alone."""
+    w, c, length = {name: p.double() for name, p in model.state_dict().items()}, model.config, len(tokens)
+
+    def norm(x, name, kind=c.norm):
+        x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"] + w.get(name + ".bias", 0)
 
     def turn(t):                                                             # (S, H, D)
+        angles = torch.arange(length).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
         a, b = t[..., :c.head_dim // 2], t[..., c.head_dim // 2:]
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1) if c.position == "rope" else t
 
-    for i in range(c.num_hidden_layers):
-        p = f"model.layers.{i}."
-        y = norm(x, w[p + "input_layernorm.weight"])
-        q, k, v = ((y @ w[f"{p}self_attn.{n}_proj.weight"].T).view(len(tokens), -1, c.head_dim) for n in "qkv")
+    def attention(y, p, window):
+        q, k, v = ((y @ w[f"{p}{n}_proj.weight"].T + w.get(f"{p}{n}_proj.bias", 0)).view(length, -1, c.head_dim) for n in "qkv")
         if c.qk_norm:
-            q, k = norm(q, w[p + "self_attn.q_norm.weight"]), norm(k, w[p + "self_attn.k_norm.weight"])
-        heads = slow_attention(*(t.transpose(0, 1)[None] for t in (turn(q), turn(k), v)))[0].transpose(0, 1).flatten(1)
-        x = x + heads @ w[p + "self_attn.o_proj.weight"].T
-        y = norm(x, w[p + "post_attention_layernorm.weight"])
-        gate, up = (y @ w[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
-    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+            q, k = norm(q, p + "q_norm", "rms"), norm(k, p + "k_norm", "rms")
+        heads = slow_attention(*(t.transpose(0, 1)[None] for t in (turn(q), turn(k), v)), window)[0].transpose(0, 1).flatten(1)
+        return heads @ w[p + "o_proj.weight"].T
+
+    def swiglu(y, gate, up, down):
+        return ((y @ gate.T) * torch.sigmoid(y @ gate.T) * (y @ up.T)) @ down.T
+
+    def feed_forward(y, p):
+        if c.num_local_experts:
+            out = torch.zeros_like(y)
+            for i, row in enumerate((y @ w[p + "gate.weight"].T).softmax(-1)):
+                chosen = sorted(range(c.num_local_experts), key=lambda e: -row[e])[:c.num_experts_per_tok]
+                for e in chosen:
+                    share = row[e] / sum(row[other] for other in chosen)
+                    out[i] += share * swiglu(y[i], *(w[f"{p}experts.{n}_proj"][e] for n in ("gate", "up", "down")))
+            return out
+        if c.feed_forward == "swiglu":
+            return swiglu(y, *(w[f"{p}{n}_proj.weight"] for n in ("gate", "up", "down")))
+        u = y @ w[p + "up_proj.weight"].T
+        act = {"gelu": u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3))), "silu": u / (1 + torch.exp(-u)),
+               "relu2": torch.where(u > 0, u * u, 0)}[c.feed_forward]
+        return act @ w[p + "down_proj.weight"].T
+
+    x = w["model.embed_tokens.weight"][tokens]
+    if c.position == "learned":
+        x = x + w["model.embed_positions.weight"][:length]
+    if c.position == "sinusoidal":
+        x = x * math.sqrt(c.hidden_size) + torch.tensor([[(math.cos if i % 2 else math.sin)(place / 10000 ** (i // 2 * 2 / c.hidden_size))
+                                                          for i in range(c.hidden_size)] for place in range(length)], dtype=torch.float64)
+    for i in range(c.num_hidden_layers):
+        p, every = f"model.layers.{i}.", c.sliding_window_pattern
+        window = None if every and (i + 1) % every == 0 else c.sliding_window
+        first, second = lambda y: attention(y, p + "self_attn.", window), lambda y: feed_forward(y, p + "mlp.")
+        before, between, after, last = (lambda y, n=n: norm(y, f"{p}{n}_layernorm") for n in (
+            "input", "post_attention", "attention_output", "mlp_output"))
+        if c.use_parallel_residual:
+            n = before(x)
+            x = x + (after(first(n)) + last(second(n)) if c.norm_place == "both" else first(n) + second(n))
+        elif c.norm_place == "pre":
+            x = x + first(before(x))
+            x = x + second(between(x))
+        elif c.norm_place == "post":
+            x = after(x + first(x))
+            x = last(x + second(x))
+        elif c.norm_place == "both":
+            x = x + after(first(before(x)))
+            x = x + last(second(between(x)))
+        else:
+            x = x + first(x)
+            x = x + second(x)
+    logits = (norm(x, "model.norm") if c.norm_place in ("pre", "both") else x) @ w["lm_head.weight"].T
+    return logits if c.final_logit_softcapping is None else c.final_logit_softcapping * torch.tanh(logits / c.final_logit_softcapping)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "tied"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_the_formulas_written_out_in_float64(variant):
     made, tokens = small(variant), torch.randint(97, (11,))
     with torch.no_grad():
         assert (made(tokens[None])[0] - by_hand(made, tokens)).abs().max() < 1e-4
 
 
-def test_the_loss_is_the_cross_entropy_of_the_logits():
-    made, tokens, targets = small(), torch.randint(97, (3, 9)), torch.randint(97, (3, 9))
+@pytest.mark.parametrize("variant", ["llama", "capped", "mixtral"])
+def test_the_loss_is_the_cross_entropy_of_the_logits(variant):
+    made, tokens, targets = small(variant).eval(), torch.randint(97, (3, 9)), torch.randint(97, (3, 9))
     targets[1, 4:] = -100
-    expected = F.cross_entropy(made(tokens).double().flatten(0, 1), targets.flatten())
-    assert made(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    logits = made(tokens).double()                                           # a cap is in them already
+    for z_loss in (0.0, 0.3):
+        assert made(tokens, targets, z_loss=z_loss).item() == pytest.approx(capped_loss(logits, targets, z_loss=z_loss).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_in_training_reaches_every_parameter(variant):
+    made, tokens = small(variant), torch.randint(97, (4, 30))
+    made(tokens, tokens).backward()
+    # with one expert a token, its weight is 1 whatever the router says: the load-balancing loss alone reaches that
+    assert [name for name, p in made.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_experts_add_the_balance_of_their_load_to_the_loss_in_training_alone():
+    made, tokens = small("mixtral", router_aux_loss_coef=0.01), torch.randint(97, (4, 30))
+    added = lambda: made.train()(tokens, tokens).item() - made.eval()(tokens, tokens).item()
+    assert added() > 0.01                                                    # the least there is
+    routers = [layer.mlp.gate.weight for layer in made.model["layers"]]
+    with torch.no_grad():
+        for weight in routers:
+            weight.zero_()
+        assert added() == pytest.approx(0.01, abs=1e-5)                      # all experts are equally probable
+        routers[0].copy_(torch.randn(4, 1) * made.model["embed_tokens"].weight.mean(0))
+    made.train()(tokens, tokens).backward()
+    assert routers[0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("window", [{"sliding_window": 3}, {"sliding_window": 3, "sliding_window_pattern": 2}])
+def test_a_token_is_seen_as_far_as_the_windows_of_all_layers_reach(window):
+    made, tokens = small(**window), torch.randint(97, (1, 12))
+    other = tokens.clone()
+    other[0, 0] = (tokens[0, 0] + 1) % 97
+    seen = ((made(tokens) - made(other)).abs().amax(-1)[0] > 1e-6).tolist()
+    assert seen == [True] * (12 if "sliding_window_pattern" in window else 5) + [False] * (0 if "sliding_window_pattern" in window else 7)
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "sinusoidal", "rope"])
+def test_without_positions_one_layer_cannot_tell_the_order_of_earlier_tokens(position):
+    made, tokens = small(position=position, num_hidden_layers=1), torch.randint(97, (1, 12))
+    mixed = torch.cat((tokens[:, :-1].flip(1), tokens[:, -1:]), 1)
+    assert ((made(tokens) - made(mixed))[0, -1].abs().max() < 1e-5) == (position == "none")
+
+
+def test_dropout_drops_from_the_embeddings_and_from_what_layers_add_in_training_alone():
+    made, plain, tokens = small(dropout=0.5), small(), torch.randint(97, (2, 30))
+    assert torch.equal(made.eval()(tokens), plain(tokens))
+    layer, into = made.model["layers"][0], []
+    layer.register_forward_pre_hook(lambda module, args: into.append(args))
+    made.train()(tokens)
+    x, embedded = into[0][0], made.model["embed_tokens"](tokens)
+    assert torch.equal(x, torch.where(x == 0, 0, 2 * embedded)) and 0.4 < (x == 0).float().mean() < 0.6
+    for silent in (layer.self_attn.o_proj, layer.mlp.down_proj):             # one adds nothing, the other is seen
+        weight = silent.weight.detach().clone()
+        with torch.no_grad():
+            silent.weight.zero_()
+            added, whole = layer.train()(*into[0])[0] - x, layer.eval()(*into[0])[0] - x
+            silent.weight.copy_(weight)
+        dropped = added.abs() < 1e-6
+        assert torch.allclose(added, torch.where(dropped, 0, 2 * whole), atol=1e-5) and 0.4 < dropped.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("variant", ["llama", "post", "both", "unnormed", "parallel", "mixtral"])
+def test_a_layer_whose_every_addition_is_dropped_leaves_the_stream_as_it_was_or_just_normed(variant):
+    layer = small(variant, dropout=1 - 1e-9).model["layers"][0]
+    x, tables = torch.randn(2, 7, 32), rope_tables(layer.self_attn.config.head_dim, 7, 10000.0)
+    with torch.no_grad():
+        norms = layer.attention_output_layernorm, layer.mlp_output_layernorm
+        assert torch.equal(layer(x, *tables, 0, None, None)[0], norms[1](norms[0](x)) if variant == "post" else x)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "post", "both"])
+def test_half_precision_changes_little_and_keeps_every_gradient(variant):
+    made, tokens = small(variant), torch.randint(97, (4, 30))
+    expected = made(tokens, tokens).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = made(tokens, tokens)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=0.01) and all(p.grad.abs().max() > 0 for p in made.parameters())
+
+
+def test_compiled_layers_compute_the_same():
+    made, tokens = small("mix"), torch.randint(97, (2, 30))
+    losses = [made(tokens, tokens)]
+    for layer in made.model["layers"]:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    losses.append(made(tokens, tokens))
+    gradients = [torch.autograd.grad(loss, list(made.parameters())) for loss in losses]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6) and all(map(torch.allclose, *gradients))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"norm": "batch"}, "norm is 'batch'; it must be rms or layer"), ({"norm_place": "before"}, "norm_place is 'before'"),
+    ({"position": "alibi"}, "rope, learned, sinusoidal or none"), ({"feed_forward": "relu"}, "feed_forward is 'relu'"),
+    ({"head_dim": 7}, "head_dim 7 is odd"), ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"sliding_window_pattern": 2}, "sliding_window be given too"), ({"sliding_window": 4, "sliding_window_pattern": 1}, "at least 2"),
+    ({"use_parallel_residual": True, "norm_place": "post"}, "take pre, both or none"),
+    ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"), ({"final_logit_softcapping": -1.0}, "above 0"),
+    ({"dropout": 1.0}, "dropout is 1.0"), ({"dropout": -0.1}, "dropout is -0.1"), ({"num_local_experts": 0}, "num_local_experts is 0"),
+    ({"num_local_experts": 2, "num_experts_per_tok": 3}, "from 1 to num_local_experts, 2"),
+    ({"num_local_experts": 2, "num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    ({"num_local_experts": 4, "feed_forward": "gelu"}, "experts are swiglu"),
+    ({"num_local_experts": 4, "router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
+    ({"num_local_experts": 4, "intermediate_size": 50}, "multiple of 8")])
+def test_switches_that_cannot_be_are_refused_in_one_line(changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        dataclasses.replace(SMALL, **changes)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -1445,15 +1657,39 @@ def test_initial_weights_have_the_standard_deviations_that_the_docstring_promise
     assert glorot["model.embed_tokens.weight"].std().item() == pytest.approx(0.9866, rel=0.01)
 
 
+def test_initial_experts_have_their_own_fan_in_and_positions_are_like_embeddings():
+    shape = dict(hidden_size=256, num_attention_heads=4, num_hidden_layers=2, vocab_size=500, intermediate_size=512, position="learned",
+                 num_local_experts=8, norm="layer")
+    weights, layer = Transformer(Config(**shape)).state_dict(), "model.layers.1."
+    for name, std in ((layer + "mlp.experts.up_proj", 256 ** -0.5), (layer + "mlp.experts.down_proj", (512 * 4) ** -0.5),
+                      (layer + "mlp.gate.weight", 256 ** -0.5), ("model.embed_positions.weight", 256 ** -0.5)):
+        assert weights[name].std().item() == pytest.approx(0.9866 * std, rel=0.03), name
+    assert weights[layer + "input_layernorm.bias"].abs().max() == 0 and weights[layer + "input_layernorm.weight"].min() == 1
+    for position, std in (("learned", 1), ("sinusoidal", 1 / 16)):           # √256 times an embedding of 1/16
+        glorot = Transformer(Config(**{**shape, "position": position}, initializer="glorot")).state_dict()
+        assert glorot["model.embed_tokens.weight"].std().item() == pytest.approx(0.9866 * std, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # model.py: counting
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_number_of_parameters_is_that_of_the_module(variant):
     made = small(variant)
-    tables = {made.lm_head.weight, made.model["embed_tokens"].weight}
-    assert num_parameters(made.config) == sum(p.numel() for p in made.parameters())
-    assert num_parameters(made.config, embeddings=False) == sum(p.numel() for p in made.parameters() if p not in tables)
+    count = lambda wanted: sum(p.numel() for name, p in made.named_parameters() if wanted(name))
+    inside = lambda name: "embed" not in name and "lm_head" not in name
+    assert num_parameters(made.config) == count(lambda name: True)
+    assert num_parameters(made.config, embeddings=False) == count(inside)
+    experts, c = count(lambda name: ".experts." in name), made.config
+    idle = experts * (c.num_local_experts - c.num_experts_per_tok) // c.num_local_experts if experts else 0
+    assert num_parameters(c, embeddings=False, active=True) == count(inside) - idle
+
+
+def test_a_mixtral_has_the_published_number_of_parameters():
+    config = Config(vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                    intermediate_size=14336, num_local_experts=8)                # 8x7B (Jiang et al. 2024): 47B, and 13B active
+    assert num_parameters(config) == 46_702_792_704
+    assert num_parameters(config, active=True) == 12_879_925_248
 
 
 @pytest.mark.parametrize("name, parameters", [("llama2-7b", 6_738_415_616), ("llama3.1-8b", 8_030_261_248),
@@ -1463,7 +1699,7 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
     assert num_parameters(PRESETS[name]) == parameters
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "tied"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "tied", "gelu", "learned", "parallel"])
 def test_flops_equal_what_torchs_counter_sees(variant):
     from torch.utils.flop_counter import FlopCounterMode
     plain = lambda hidden, weight, targets: cross_entropy(F.linear(hidden, weight), targets)
@@ -1478,9 +1714,17 @@ def test_flops_equal_what_torchs_counter_sees(variant):
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * 16 * flops_per_token(config, 16)
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-def test_memory_for_activations_is_what_autograd_saves(bfloat16):
-    made = small(hidden_size=64, intermediate_size=176, vocab_size=300)
+def test_flops_of_experts_and_of_windows_worked_by_hand():
+    dense, sparse, windows = (flops_by_component(small(variant).config, 16) for variant in ("llama", "mixtral", "windows"))
+    router, network = 2 * 32 * 4, 6 * 32 * 48                                # of a layer; there are two, and two experts a token
+    assert dense["feed_forward"] == 2 * network and sparse["feed_forward"] == 2 * (router + 2 * network)
+    assert dense["scores"] == 2 * 4 * 16 * 32 and windows["scores"] == 4 * (3 + 16) * 32
+
+
+@pytest.mark.parametrize("bfloat16, variant", [(True, "llama"), (False, "llama"), (True, "layer"), (True, "unnormed"), (False, "gelu"),
+                                               (True, "mixtral"), (True, "post"), (False, "parallel")])
+def test_memory_for_activations_is_what_autograd_saves(bfloat16, variant):
+    made = small(variant, hidden_size=64, intermediate_size=176, vocab_size=300)
     tokens, saved, held = torch.randint(97, (4, 40)), {}, []
     others = {t.untyped_storage().data_ptr() for t in [*made.parameters(), *made.buffers(), tokens]}
 
@@ -1530,13 +1774,31 @@ def test_safetensors_files_are_those_of_the_library(tmp_path):
         assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_setting_is_no_part_of_a_familys_config_json_but_ours_has_every_switch(tmp_path):
+    save_pretrained(small(dropout=0.1, initializer="glorot"), tmp_path)
+    assert not {"dropout", "initializer"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    made = small("mix", dropout=0.1, initializer="glorot", num_hidden_layers=3, sliding_window_pattern=3)
+    save_pretrained(made, tmp_path)
+    assert load_pretrained(tmp_path).config == made.config and json.loads((tmp_path / "config.json").read_text())["model_type"] == "flatlm"
+
+
+def test_a_flatlm_folder_from_before_the_switches_loads(tmp_path):
+    made = small(qk_norm=True, qkv_bias=True)
+    save_pretrained(made, tmp_path)
+    new = ("norm norm_place position feed_forward use_parallel_residual sliding_window_pattern final_logit_softcapping num_local_experts "
+           "num_experts_per_tok router_aux_loss_coef dropout initializer").split()
+    values = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key not in new}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_pretrained(tmp_path).config == made.config
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
 def test_transformers_gives_the_logits_of_our_folder_and_we_give_those_of_its(variant, tmp_path):
     transformers = pytest.importorskip("transformers")
     made, tokens = small(variant), torch.randint(97, (2, 17))
     save_pretrained(made, tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").float().eval()
-    assert theirs.config.model_type == {"tied": "llama"}.get(variant, variant)
+    assert theirs.config.model_type == {"tied": "llama"}.get(variant, variant.split()[0])
     with torch.no_grad():
         assert (theirs(tokens).logits - made(tokens)).abs().max() < 1e-4
         for p in theirs.parameters():
@@ -1579,6 +1841,36 @@ def test_a_damaged_or_foreign_model_folder_is_refused_in_one_line(how, words, tm
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("variant, change, words", [
+    ("qwen3 some windows", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, "layer_types is ['full_"),
+    ("qwen3 some windows", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ("qwen3 some windows", {"layer_types": ["linear_attention"] * 3}, "layer_types"),
+    ("qwen3 some windows", {"use_sliding_window": False}, "layer_types"),
+    ("qwen3 some windows", {"layer_types": None, "max_window_layers": 1}, "max_window_layers is 1"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"), ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"), ("qwen3_moe", {"moe_intermediate_size": None}, "missing"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
+    ("mixtral", {"num_local_experts": 5}, "block_sparse_moe.gate.weight should have shape (5, 32)"),
+    ("mixtral", {"intermediate_size": 56}, "experts.0.w1.weight should have shape (56, 32)"), ("gelu", {"norm": "batch"}, "norm is 'batch'")])
+def test_what_a_family_asks_for_and_this_model_cannot_do_is_refused_by_the_name_of_the_field(variant, change, words, tmp_path):
+    save_pretrained(small(variant), tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(ValueError, match=re.escape(words)) as told:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("change, pattern", [({"layer_types": None}, (3, None)), ({"layer_types": ["full_attention"] * 3}, (None, None)),
+                                             ({"layer_types": None, "max_window_layers": 28}, (None, None)),
+                                             ({"layer_types": None, "use_sliding_window": False}, (None, None)),
+                                             ({"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, (3, 3))])
+def test_the_windows_of_a_qwen_follow_from_any_way_to_write_them(change, pattern, tmp_path):
+    save_pretrained(small("qwen3 some windows"), tmp_path)
+    damage(tmp_path, change)
+    config = load_pretrained(tmp_path).config
+    assert (config.sliding_window, config.sliding_window_pattern) == pattern
+
+
 def test_model_py_prints_the_presets_and_refuses_unknown_ones(capsys, monkeypatch):
     code, out, _ = call(model_file, capsys, monkeypatch)
     assert code == 0 and all(name in out for name in PRESETS) and "8.03B" in out
@@ -1588,6 +1880,13 @@ def test_model_py_prints_the_presets_and_refuses_unknown_ones(capsys, monkeypatc
 
 # ------------------------------------------------------------------------------------------------------------------
 # train.py: optimizer, clipping, learning rate
+
+@torch.no_grad()
+def update_on_device(optimizer, skip):
+    """A step as on a GPU, where the host does not look at `skip`."""
+    for group in optimizer.param_groups:
+        optimizer.update(group, torch.tensor(skip))
+
 
 def test_a_hundred_steps_of_adamw_equal_torchs():
     torch.manual_seed(0)
@@ -1600,29 +1899,68 @@ def test_a_hundred_steps_of_adamw_equal_torchs():
         for net, optimizer in zip((ours, theirs), optimizers):
             optimizer.zero_grad()
             net(x).pow(2).sum().backward()
-            optimizer.update(skip=torch.tensor(False)) if net is ours and step % 2 else optimizer.step()
+            update_on_device(optimizer, False) if net is ours and step % 2 else optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters()):
         assert (a - b).abs().max() < 1e-6
 
 
-def test_a_skipped_step_changes_nothing_whatever_the_gradient():
-    p = torch.nn.Parameter(torch.randn(5))
-    optimizer, start = AdamW([p], lr=0.1), p.detach().clone()
-    p.grad = torch.full((5,), float("nan"))
-    optimizer.update(skip=torch.tensor(True))                                # the very first step
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_skipped_step_changes_nothing_whatever_the_gradient(kind):
+    p = torch.nn.Parameter(torch.randn(5, 2))
+    optimizer, start = kind([p], lr=0.1), p.detach().clone()
+    p.grad = torch.full((5, 2), float("nan"))
+    update_on_device(optimizer, True)                                        # the very first step
     assert torch.equal(p, start)
-    p.grad = torch.randn(5)
+    p.grad = torch.randn(5, 2)
     optimizer.step()
     before = [p.detach().clone(), *(value.clone() for value in optimizer.state[p].values())]
-    p.grad = torch.tensor([float("nan"), float("inf"), 1.0, -float("inf"), 0.0])
+    p.grad = torch.tensor([float("nan"), float("inf"), 1.0, -float("inf"), 0.0] * 2).view(5, 2)
     optimizer.step(skip=torch.tensor(True))                                  # decided by the host
-    optimizer.update(skip=torch.tensor(True))                                # and as on a GPU
+    update_on_device(optimizer, True)
     assert all(torch.equal(a, b) for a, b in zip(before, [p.detach(), *optimizer.state[p].values()]))
+
+
+def test_orthogonalizing_brings_all_singular_values_near_one_and_keeps_their_vectors():
+    torch.manual_seed(0)
+    for shape in ((6, 40), (40, 6), (3, 24, 24)):
+        matrices = torch.randn(*shape)
+        ours = train.orthogonalize(matrices, dtype=torch.float32)
+        u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+        found = torch.linalg.svdvals(ours)
+        assert ((found > 0.65) | (s < 0.02 * s.amax(-1, keepdim=True))).all() and (found < 1.25).all()
+        values = u.mT @ ours @ vt.mT                                         # diagonal, if the vectors are the same
+        assert (values - torch.diag_embed(values.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+        assert (train.orthogonalize(matrices) - ours).abs().max() < 0.05     # in bfloat16
+
+
+def test_muon_follows_its_formula_and_torchs():
+    """Against the formula written out for one matrix in float64, and against torch.optim.Muon, step for step."""
+    torch.manual_seed(0)
+    starts = [torch.randn(12, 5), torch.randn(5, 12), torch.randn(12, 5)]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in starts] for _ in range(2))
+    ours_step = Muon(ours, lr=0.03, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
+    theirs_step = torch.optim.Muon(theirs, lr=0.03, momentum=0.9, weight_decay=0.2, nesterov=True, adjust_lr_fn="original")
+    p, m = starts[0].double(), torch.zeros(12, 5).double()
+    for step in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours_step.step()
+        theirs_step.step()
+        g = ours[0].grad.double()
+        m = 0.9 * m + 0.1 * g
+        x = (0.1 * g + 0.9 * m).T
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        p = p * (1 - 0.03 * 0.2) - 0.03 * math.sqrt(12 / 5) * x.T
+    assert (ours[0].double() - p).abs().max() < 1e-5
+    assert all((a - b).abs().max() < 0.01 for a, b in zip(ours, theirs))     # torch's iterates in bfloat16
 
 
 def test_matrices_decay_and_vectors_do_not():
     made = small("qwen2")
-    decayed, kept = train.decay_groups(made, {name for name, p in made.named_parameters() if p.dim() == 2}, 0.1)
+    decayed, kept = train.decay_groups(dict(made.named_parameters()), {name for name, p in made.named_parameters() if p.dim() == 2}, 0.1)
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
     names = {p: name for name, p in made.named_parameters()}
     assert all("norm" in names[p] or "bias" in names[p] for p in kept["params"])
@@ -1726,7 +2064,7 @@ def tokens(tmp_path_factory):
 
 # eight sequences of 32 tokens a batch, through a model of two narrow layers, in float32
 SHAPE = ("--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 --sequence_length 32 "
-         "--batch_tokens 256 --learning_rate 4e-3 --dtype float32 --device cpu --log_every 1").split()
+         "--batch_tokens 256 --learning_rate 4e-3 --schedule cosine --dtype float32 --device cpu --log_every 1").split()
 
 
 def records(folder):
@@ -1868,8 +2206,8 @@ def break_forward(monkeypatch, broken):
     """Have the model's loss be NaN in the training steps for which broken(step) is true."""
     calls, forward = [0], Transformer.forward
 
-    def patched(self, tokens, targets=None, *rest):
-        loss = forward(self, tokens, targets, *rest)
+    def patched(self, tokens, targets=None, *rest, **more):
+        loss = forward(self, tokens, targets, *rest, **more)
         if torch.is_grad_enabled():
             calls[0] += 1
             return loss * float("nan") if broken(calls[0]) else loss
@@ -2019,7 +2357,7 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
     settings = train.Settings(data=["book.txt"], vocab_size=300)
 
     def commands():
-        folder = train.prepare(settings)
+        folder = Path(train.prepare(settings)["data"][0][0])
         return folder, re.findall(r"^\$ python (\w+\.py \w+)", capfd.readouterr().out, re.M)
 
     everything = ["data.py build", "bpe.py train", "bpe.py encode"]
@@ -2050,6 +2388,149 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
     assert commands() == (folder, [])
     Path("book.txt").write_text(text[:21000])
     assert commands()[1] == everything                                       # another text, another folder
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: sweep and ablate
+
+FEW = [word for word in SHAPE if word not in ("--learning_rate", "4e-3")] + ["--eval_tokens", "512"]
+
+
+def finished(folder, seed, loss, speeds=(100, 300, 200), parameters=1000, tokens=512):
+    """A run as read_result returns it, of a folder made by hand."""
+    folder = folder / f"{parameters}-{seed}-{loss}"
+    folder.mkdir()
+    (folder / "outcome.json").write_text(json.dumps({"outcome": "finished", "message": "", "parameters": parameters}))
+    row = {"tokens": tokens, "seconds": 1.0, "val_loss": None, "val_bpb": None, "memory_bytes": 7000 + seed}
+    lines = [{**row, "tokens_per_second": speed} for speed in speeds]
+    lines[-1]["val_loss"] = loss
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut short')
+    return train.read_result(folder)
+
+
+def test_variants_are_compared_by_means_standard_errors_and_differences_of_equal_seeds(tmp_path):
+    diverged = {"outcome": "diverged at step 9", "message": "", "parameters": 3000}
+    results = {"base": {seed: finished(tmp_path, seed, loss) for seed, loss in enumerate((3.0, 4.0, 5.0))},
+               "better": {seed: finished(tmp_path, seed, loss, (50,), 2000) for seed, loss in enumerate((2.0, 3.5, 3.5))},
+               "wild": {0: diverged, 1: finished(tmp_path, 1, 1.0, (1,), 3000), 2: diverged}, "broken": {0: diverged}}
+    rows = train.compare(results)
+    assert [row["variant"] for row in rows] == ["better", "base", "wild", "broken"]     # whatever the loss of one that half diverged
+    better, base, wild, broken = rows
+    # base: mean 4, deviation 1; better: mean 3, squares (1 + 1/4 + 1/4) / 2; its differences -1, -1/2, -3/2, of deviation 1/2
+    assert (base["val_loss"], base["val_loss_error"]) == (4, pytest.approx(1 / math.sqrt(3))) and "difference" not in base
+    assert (better["val_loss"], better["val_loss_error"]) == (3, pytest.approx(math.sqrt(0.75 / 3)))
+    assert (better["difference"], better["difference_error"]) == (-1, pytest.approx(0.5 / math.sqrt(3)))
+    assert (base["tokens_per_second"], better["tokens_per_second"], base["memory_bytes"]) == (200, 50, 7002)
+    assert (wild["difference"], wild["difference_error"]) == (-3, None)
+    table = ["   ".join(line) for line in train.ablate_table(rows)]
+    assert "3.0000 ± 0.5000" in table[1] and "-1.0000 ± 0.2887" in table[1] and "4.0000 ± 0.5774   (base)" in table[2]
+    assert "diverged at step 9; 1 finished" in table[3] and "broken" in table[4]
+
+
+def test_the_edge_of_stability_is_the_largest_rate_below_all_that_diverge():
+    table = train.sweep_table({64: {0.1: 3.0, 0.2: 2.5, 0.4: "diverged at step 7", 0.8: 2.75}, 128: {0.1: 2.25, 0.2: 2.0},
+                               256: {0.1: "diverged at step 1", 0.2: "out of memory"}})
+    assert table == [["learning rate", "batch 64", "batch 128", "batch 256"],
+                     ["0.1", "3.0000", "2.2500", "diverged at step 1"], ["0.2", "* 2.5000", "* 2.0000", "out of memory"],
+                     ["0.4", "diverged at step 7", "", ""], ["0.8", "2.7500", "", ""], ["stable up to", "0.2", "0.2 or more", "none"]]
+
+
+@pytest.mark.parametrize("code, output, losses, outcome", [
+    (0, "", [2.0, 1.0], "finished"), (0, "", [2.0, 2.01], "finished"), (0, "", [2.0, 1.0, 2.1], "diverged at step 30"), (0, "", [2.0, 5.0, 6.0], "diverged at step 20"),
+    (0, "", [5.2, 5.1], "finished"), (0, "", [9.0, 5.7], "diverged at step 10"), (0, "", [2.0, float("nan")], "diverged at step 20"), (0, "", [9.0, 5.0, 3.0], "finished"),
+    (1, "train.py: loss or gradient was not finite for 25 steps in a row, up to step 31; lower it", [2.0], "diverged at step 7"),
+    (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB", [], "out of memory"), (-9, "", [], "out of memory"),
+    (1, "KeyError: 'x'", [], "failed with exit code 1")])
+def test_what_became_of_a_run(code, output, losses, outcome, tmp_path):
+    (tmp_path / "output.txt").write_text(f"$ python train.py --x\nout of memory\n$ python train.py --resume\n 5%|\r 9%|\n{output}\n")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": 10 * i, "val_loss": loss}) + "\n" for i, loss in enumerate(losses, 1)))
+    assert train.judge(tmp_path, code, 100)["outcome"] == outcome            # ln 100 = 4.605
+
+
+def test_a_sweep_goes_past_the_edge_and_goes_on_after_an_interruption(tokens, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "sweep"
+    command = ["sweep", "--data", tokens, "--out", out, "--learning_rates", "4e-3", "50", "--tokens", "5120", "--max_skipped", 2, *FEW]
+    more = ["--save_every", "5", "--optimizer", "adamw"] if "optimizer" in train.Settings.__dataclass_fields__ else ["--save_every", "5"]
+    first = out / "batch_256-lr_0.004"
+
+    def interrupt():
+        while not (first / "log.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)                                  # to the parent alone, as from `kill`
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, text, err = call(train, capsys, monkeypatch, *command, *more)
+    assert code == 130 and "the same command goes on" in text and "Traceback" not in err, (text, err)
+    assert not (first / "outcome.json").exists() and (first / "state" / "latest.json").exists()
+    code, text, _ = call(train, capsys, monkeypatch, *command, *more)
+    assert code == 0 and "--resume" in (first / "output.txt").read_text()
+    assert [row["step"] for row in records(first)] == list(range(1, 21)) and not (first / "state").exists()
+    loss = records(first)[-1]["val_loss"]
+    table = [re.split(r"\s{3,}", line) for line in text.splitlines()]
+    assert ["learning rate", "batch 256"] in table and ["0.004", f"* {loss:.4f}"] in table and ["stable up to", "0.004"] in table
+    assert any(row[0] == "50" and re.fullmatch(r"diverged at step \d+", row[1]) for row in table)
+    assert not list(out.rglob("*.safetensors")) and ("matplotlib" in text) != (out / "sweep.png").exists()
+    # the same again runs nothing; so does all but what was added
+    monkeypatch.setattr(train, "start_run", lambda *_: pytest.fail("a run was repeated"))
+    assert call(train, capsys, monkeypatch, *command, *more)[1].splitlines()[:5] == text.splitlines()[:5]
+    added = []
+    monkeypatch.setattr(train, "start_run", lambda folder, flags: added.append(folder.name) or folder.mkdir() or (folder / "output.txt").write_text("") or 1)
+    assert "failed with exit code 1" in call(train, capsys, monkeypatch, *command, *more, "--learning_rates", "4e-3", "1e-3")[1]
+    assert added == ["batch_256-lr_0.001"]
+    assert refused(call(train, capsys, monkeypatch, *command, *more, "--clip", "0.5"), "--clip None, and not 0.5", "choose another --out")
+
+
+def test_an_ablation_spends_equal_flops_seed_by_seed(tokens, tmp_path, capsys, monkeypatch):
+    out, ran = tmp_path / "ablation", []
+
+    def start_run(folder, flags):                                            # in this process, which saves starting Python
+        ran.append(folder.name)
+        train.train(train.Settings(**flags, out=str(folder)))
+        (folder / "output.txt").write_text("")
+        return 0
+
+    monkeypatch.setattr(train, "start_run", start_run)
+    settings = train.parse(["--data", str(tokens), *FEW])[0]
+    # two layers of width 32, four heads of 8 and two of keys and values, 32 positions, a vocabulary of 400
+    config = train.plan(dataclasses.asdict(settings))[1]
+    base = 3 * 2 * (2 * (32 * (32 + 2 * 16 + 32) + 2 * 32 * 32 + 3 * 32 * config.intermediate_size) + 400 * 32)
+    wide = base + 3 * 2 * 2 * 2 * 32 * 16                                    # keys and values of two heads more, in two layers
+    code, text, err = call(train, capsys, monkeypatch, "ablate", "--data", tokens, "--out", out, "--variant",
+                           "wide: --num_key_value_heads 4", "--seeds", 2, "--flops", 23.99 * 256 * wide, *FEW, "--learning_rate", "4e-3")
+    assert code == 0, err
+    assert ran == ["base-seed_0", "wide-seed_0", "base-seed_1", "wide-seed_1"]
+    steps = int(23.99 * wide / base)
+    losses = {name: records(out / name)[-1]["val_loss"] for name in ran}
+    assert [records(out / name)[-1]["step"] for name in ran] == [steps, 23, steps, 23] and steps > 24
+    results = json.loads((out / "results.json").read_text())
+    row = next(row for row in results["variants"] if row["variant"] == "wide")
+    one, two = (losses[f"wide-seed_{seed}"] - losses[f"base-seed_{seed}"] for seed in (0, 1))
+    assert row["difference"] == pytest.approx((one + two) / 2) and row["difference_error"] == pytest.approx(abs(one - two) / 2)
+    assert results["runs"]["wide-seed_1"]["flags"] == {"num_key_value_heads": 4, "steps": 23, "seed": 1}
+    assert losses["base-seed_0"] != losses["base-seed_1"] and results["machine"]["torch"] == torch.__version__
+    assert not [path for path in out.rglob("*") if path.name == "state" or ".tmp" in path.name]
+    assert f"{row['val_loss']:.4f} ± {row['val_loss_error']:.4f}   {row['difference']:+.4f} ± " in text and "(base)" in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("sweep --learning_rates 0", ["--learning_rates holds 0", "above 0"]), ("sweep --learning_rates 1e-3 --learning_rate 1e-3", ["--learning_rate 0.001"]),
+    ("sweep --batch_sizes 256 --batch_tokens 256", ["--batch_tokens 256"]), ("sweep --batch_sizes 256 100", ["--batch_tokens 100", "multiple"]),
+    ("sweep --resume x", ["--resume x", "same command"]), ("sweep --learning-rats 1", ["did you mean --learning_rates?"]),
+    ("ablate --variants qknorm", ["unknown variant 'qknorm'", "did you mean qk_norm?"]), ("ablate --seeds 0", ["--seeds is 0"]),
+    ("ablate --seconds 1 --flops 1e9", ["--flops", "not allowed with", "--seconds"]), ("ablate --flops 1e3 --variant one:", ["--flops is 1000", "step of base"]),
+    ("ablate --seconds inf --variant one:", ["max_seconds is inf"]), ("ablate --seed 1", ["--seed 1", "--seeds"]), ("ablate --steps 5", ["--steps 5", "--flops"]),
+    ("ablate --variant 'x: --nrom layer'", ["variant x", "--nrom"]), ("ablate --variant 'x: --out y'", ["--out y", "variant x"]),
+    ("ablate --variant '--norm layer'", ["'--norm layer'", "name"]), ("ablate --variant one: --clip nan", ["--clip is nan"])])
+def test_a_grid_that_cannot_be_gets_one_line_and_exit_code_2(arguments, words, tokens, tmp_path, capsys, monkeypatch):
+    command, *rest = shlex.split(arguments)
+    shape = FEW if "batch" not in arguments else [word for word in FEW if word not in ("--batch_tokens", "256")]
+    assert refused(call(train, capsys, monkeypatch, command, "--data", tokens, "--out", tmp_path / "grid", *shape, *rest), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_variant_is_a_command_of_train_py(tokens):
+    for line in train.VARIANTS.values():
+        train.plan({**train.given_flags(train.settings_parser("", ""), [*shlex.split(line), "--data", str(tokens), *FEW])})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2276,6 +2757,41 @@ def ranks_tensor_parallel():
     loss = ddp.vocab_parallel_cross_entropy(hidden, weight[slice(*ddp.bounds(4001, None))], targets, 4001, None)
     assert abs(loss - F.cross_entropy(hidden @ weight.T, targets)) < 1e-4
 
+    # the switches that change what is divided or summed: loss and gradients, and what cannot be divided
+    options = dict(norm="layer", feed_forward="gelu", final_logit_softcapping=2.0, position="learned", use_parallel_residual=True,
+                   sliding_window=3, sliding_window_pattern=2, qkv_bias=True)
+    if ranks == 2:
+        tensor, config = ddp.mesh(2)[1], small_config(**options)
+        alone, net = Transformer(config), Transformer(config)
+        net.load_state_dict(alone.state_dict())
+        divided, losses = ddp.tensor_parallel(net, tensor), []
+        for one in (alone, net):
+            losses.append(one(*batch(0, 0), z_loss=0.1))
+            losses[-1].backward()
+        assert abs(losses[0] - losses[1]) < 1e-5 and (alone(batch(0, 0)[0]) - net(batch(0, 0)[0])).abs().max() < 1e-5
+        for (name, p), want in zip(net.named_parameters(), alone.parameters()):
+            whole = ddp.unsplit(p.grad, *divided[name], tensor) if name in divided else p.grad
+            assert (whole - want.grad).abs().max() < 1e-5, name
+        for changes in ({"num_local_experts": 4, "intermediate_size": 48}, {"dropout": 0.1}):
+            with pytest.raises(ValueError, match=f"tensor_parallel: {next(iter(changes))} is"):
+                ddp.tensor_parallel(Transformer(small_config(**changes)), tensor)
+        # experts are whole on every rank: the mean of what ranks make of their batches, balance included
+        config = small_config(num_local_experts=4, intermediate_size=48, router_aux_loss_coef=0.5)
+        torch.manual_seed(0)
+        alone = Transformer(config)
+        torch.stack([alone(*batch(0, r)) for r in range(2)]).mean().backward()
+        for wrap in (ddp.DDP, ddp.FSDP):
+            net = Transformer(config)
+            net.load_state_dict(alone.state_dict())
+            wrapped = wrap(net)
+            wrapped(*batch(0, dist.get_rank())).backward()
+            wrapped.finish_gradient_synchronization()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.sub_(p.grad)
+            stepped = wrapped.full_state_dict() if wrap is ddp.FSDP else net.state_dict()
+            assert all((stepped[name] - (p - p.grad)).abs().max() < 1e-5 for name, p in alone.named_parameters()), wrap
+
     adamw = dict(lr=0.01, eps=1e-3)                  # such an eps that a rounding error cannot turn an update around
     for tied, width in itertools.product((True, False), [t for t in (2, 4) if ranks % t == 0]):
         for kind in ("ddp", "zero1", "fsdp") if width < ranks else ("alone",):
@@ -2336,30 +2852,37 @@ def ranks_train(folder, *lines):
 
 def test_every_strategy_in_train_py_loses_what_one_process_loses_and_each_goes_on_where_another_stopped(
         tokens, twenty_steps, tmp_path, capsys, monkeypatch):
-    """... on 1, 2 and 4 ranks. A run is handed on: one process, four ranks, two ranks, one process."""
-    flags = {"zero1": "--parallel zero1", "fsdp": "--parallel fsdp", "tensor": "--tensor_parallel 2",
-             "tensor-zero1": "--tensor_parallel 2 --parallel zero1", "tensor-fsdp": "--tensor_parallel 2 --parallel fsdp"}
+    """... on 1, 2 and 4 ranks, with Muon and, where matrices are divided, with AdamW. Two runs are handed on: one process,
+    four ranks, two ranks, one process."""
+    fancy = "--average_beta 0.9 --batch_warmup 0.5 --z_loss 1e-3 --batch_tokens 1024"
+    flags = {"zero1": "--parallel zero1", "fsdp": "--parallel fsdp", "tensor": "--optimizer adamw --tensor_parallel 2",
+             "tensor-zero1": "--optimizer adamw --tensor_parallel 2 --parallel zero1",
+             "tensor-fsdp": "--optimizer adamw --tensor_parallel 2 --parallel fsdp"}
     line = lambda name, more: f"--out {tmp_path / name} --steps 20 --micro_batch_size 2 {' '.join(SHAPE)} {more}"
-    relay = tmp_path / "relay"
-    assert call(train, capsys, monkeypatch, "--data", tokens, *line("relay", "--stop_after 5").split())[0] == 0
+    alone = lambda name, more: call(train, capsys, monkeypatch, "--data", tokens, *line(name, more).split())[0]
+    relay, relay_muon = tmp_path / "relay-tensor", tmp_path / "relay-fancy"
+    assert alone("relay-tensor", "--optimizer adamw --stop_after 5") == alone("relay-fancy", f"{fancy} --stop_after 5") == 0
     on_ranks(4, "train", tokens, *(line(f"4-{name}", more) for name, more in flags.items()),
-             f"--resume {relay} --stop_after 10 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 12 --parallel zero1 --tensor_parallel 1")
+             f"--resume {relay} --stop_after 10 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 12 --parallel zero1 --tensor_parallel 1",
+             f"--resume {relay_muon} --stop_after 12 --parallel fsdp")
     on_ranks(2, "train", tokens, *(line(f"2-{name}", flags[name]) for name in ("zero1", "fsdp", "tensor")),
-             f"--resume {relay} --stop_after 15 --parallel fsdp --tensor_parallel 1")
-    assert len(json.loads((relay / "state" / "latest.json").read_text())["files"]) == 2
-    assert call(train, capsys, monkeypatch, "--resume", relay, "--parallel", "ddp")[0] == 0
-    for name in ("zero1", "fsdp"):
-        assert call(train, capsys, monkeypatch, "--data", tokens, *line(f"1-{name}", flags[name]).split())[0] == 0
-    weights = load_safetensors(twenty_steps / "model.safetensors")
+             f"--resume {relay} --stop_after 15 --parallel fsdp --tensor_parallel 1", f"--resume {relay_muon} --stop_after 15 --parallel zero1")
+    for run in (relay, relay_muon):
+        assert len(json.loads((run / "state" / "latest.json").read_text())["files"]) == 2
+        assert call(train, capsys, monkeypatch, "--resume", run, "--parallel", "ddp")[0] == 0
+    assert alone("1-zero1", flags["zero1"]) == alone("1-fsdp", flags["fsdp"]) == 0
+    assert alone("adamw", "--optimizer adamw") == alone("fancy", fancy) == 0
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(folders) == 11
+    assert len(folders) == 14
     for folder in folders:
         rows = records(folder)
+        one = tmp_path / "adamw" if "tensor" in folder.name or folder.name == "adamw" else tmp_path / "fancy" if "fancy" in folder.name else twenty_steps
         assert [row["step"] for row in rows] == list(range(1, 21)), folder
-        for ours, whole in zip(rows, records(twenty_steps)):
+        for ours, whole in zip(rows, records(one)):
             assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4) and ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3), folder
-        assert rows[-1]["val_loss"] == pytest.approx(records(twenty_steps)[-1]["val_loss"], abs=1e-4)
-        ours = load_pretrained(folder).state_dict()                          # an ordinary model folder
+            assert ours["tokens"] == whole["tokens"]
+        assert rows[-1]["val_loss"] == pytest.approx(records(one)[-1]["val_loss"], abs=1e-4)
+        ours, weights = load_pretrained(folder).state_dict(), load_safetensors(one / "model.safetensors")   # an ordinary model folder
         assert all((ours[name] - value).abs().max() < 1e-3 for name, value in weights.items()), folder
 
 
@@ -2422,7 +2945,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(tokens, tmp_pa
 
 @pytest.mark.parametrize("arguments, words", [
     (["--parallel", "zero3"], ["--parallel is 'zero3'", "ddp or zero1 or fsdp"]), (["--tensor_parallel", "0"], ["--tensor_parallel is 0"]),
-    (["--tensor_parallel", "2"], ["1 rank(s) cannot be divided into tensor-parallel groups of 2"])])
+    (["--tensor_parallel", "2", "--optimizer", "adamw"], ["1 rank(s) cannot be divided into tensor-parallel groups of 2"])])
 def test_impossible_strategies_are_refused(arguments, words, tokens, tmp_path, capsys, monkeypatch):
     assert refused(call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", *SHAPE, *arguments), *words)
     assert not (tmp_path / "r").exists() and not dist.is_initialized()
@@ -2676,7 +3199,8 @@ def test_plan_refuses_in_one_line(arguments, words, capsys):
     (json.dumps({**TOY, "head_dim": "10"}), ["head_dim is '10'"]),
     (json.dumps({**TOY, "num_hidden_layers": 0}), ["num_hidden_layers is 0"]),
     (json.dumps({**TOY, "num_local_experts": 8}), ["num_local_experts is 8", "experts"]),
-    (json.dumps({**TOY, "num_experts": 128}), ["num_experts is 128", "experts"])])
+    (json.dumps({**TOY, "num_experts": 128}), ["num_experts is 128", "experts"]),
+    (json.dumps({**TOY, "feed_forward": "gelu"}), ["feed_forward is gelu", "swiglu"])])
 def test_plan_refuses_a_config_that_it_cannot_read(text, words, tmp_path, capsys):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -2749,6 +3273,13 @@ def test_an_empty_prompt_starts_from_the_beginning_of_sequence_token():
 def test_what_cannot_be_generated_is_refused_in_one_line(prompts, options, words):
     with pytest.raises(ValueError, match=words):
         generate(small(), prompts, 5, **options)
+
+
+def test_a_model_that_drops_at_random_does_not_generate():
+    made = small(dropout=0.5)
+    with pytest.raises(ValueError, match="dropout 0.5; call model.eval"):
+        generate(made, [[1, 2]], 5)
+    assert generate(made.eval(), [[1, 2]], 5, temperature=0) == generate(small(), [[1, 2]], 5, temperature=0)
 
 
 def test_sample_py_speaks_from_the_newest_run(twenty_steps, tmp_path, capsys, monkeypatch):

@@ -2390,6 +2390,207 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
     assert commands()[1] == everything                                       # another text, another folder
 
 
+# the switches of Config that change what a layer computes, together where they can be (test_model's by_hand has each alone)
+FAMILIES = {"gpt-2": "--norm layer --position learned --feed_forward gelu --tie_word_embeddings",
+            "2017": "--norm_place post --position sinusoidal --feed_forward relu2",
+            "gemma": "--norm_place both --sliding_window 8 --sliding_window_pattern 2 --qk_norm --final_logit_softcapping 15",
+            "bare": "--norm_place none --position none --feed_forward silu",
+            "gpt-j": "--use_parallel_residual --num_key_value_heads 1",
+            "mixtral": "--num_local_experts 4 --num_experts_per_tok 2",
+            "qwen3": "--qk_norm", "mistral": "--sliding_window 8"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_trains_resumes_generates_and_says_what_opens_it(family, tokens, tmp_path, capsys, monkeypatch):
+    flags = ["--data", tokens, *SHAPE, *FAMILIES[family].split(), "--dropout", 0.1, "--z_loss", 1e-4]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call(train, capsys, monkeypatch, *flags, "--out", whole, "--steps", 6)[0] == 0
+    assert call(train, capsys, monkeypatch, *flags, "--out", cut, "--steps", 6, "--stop_after", 3)[0] == 0
+    assert call(train, capsys, monkeypatch, "--resume", cut)[0] == 0
+    assert trajectory(cut) == trajectory(whole) and records(whole)[-1]["val_loss"] < records(whole)[0]["loss"]
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    made = load_pretrained(whole).eval()
+    prompt = list(range(40, 50))
+    new, = generate(made, [prompt], 12, temperature=0)
+    with torch.no_grad():                                                    # what a full forward pass finds likeliest, each time
+        assert new == made(torch.tensor([prompt + new])).argmax(-1)[0, 9:9 + len(new)].tolist()
+    kind = json.loads((whole / "config.json").read_text())["model_type"]
+    assert kind == (family if family in ("mixtral", "qwen3", "mistral") else "flatlm")
+    if kind != "flatlm" and importlib.util.find_spec("transformers"):
+        import transformers
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
+        with torch.no_grad():
+            assert (theirs(torch.tensor([prompt])).logits - made(torch.tensor([prompt]))).abs().max() < 1e-4
+
+
+def test_dropped_elements_differ_by_step_and_agree_whatever_ran_before(tokens, tmp_path, capsys, monkeypatch):
+    run = lambda name, *more: call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / name, *SHAPE, "--steps", 4, *more)
+    assert [run("with", "--dropout", 0.3)[0], run("again", "--dropout", 0.3, "--eval_every", 1)[0], run("without")[0]] == [0, 0, 0]
+    losses = lambda name: [row["loss"] for row in records(tmp_path / name)]
+    assert losses("with") == losses("again") and all(a != b for a, b in zip(losses("with"), losses("without")))
+
+
+def test_recomputing_and_profiling_change_no_loss(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    code, _, err = call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", 20, "--recompute",
+                        "--profile", tmp_path / "trace", *SHAPE)
+    assert code == 0, err
+    assert trajectory(tmp_path / "r") == trajectory(twenty_steps)
+    events = json.loads((tmp_path / "trace" / "trace.rank_0.json").read_text())["traceEvents"]
+    names = Counter(event.get("name") for event in events if event.get("cat") == "user_annotation")
+    assert all(names[part] == 3 for part in ("data", "forward", "backward", "communication", "optimizer")), names
+
+
+def test_a_document_mask_keeps_a_documents_loss_from_what_stands_before_it(tokens):
+    ids = train.document_ids(torch.tensor([[5, 9, 6, 7, 9, 9, 8]]), 9)
+    assert ids.tolist() == [[0, 0, 1, 1, 1, 2, 3]] and train.document_ids(torch.tensor([[5]]), None) is None
+    settings = train.resolve(train.parse(["--document_mask", "--optimizer", "adamw", *SHAPE])[0], torch.device("cpu"))
+    train.default_rates(settings, made := train.config_of(settings, bpe.Tokenizer.load(tokens)))
+    setup = train.assemble(settings, train.make_model(settings, bpe.Tokenizer.load(tokens)), torch.device("cpu"), train.Ranks(), False)
+    assert setup.document_end == made.eos_token_id == 399
+    one, other = torch.randint(0, 399, (2, 1, 32))
+    other[:, 16:] = one[:, 16:]
+    one[:, 15] = other[:, 15] = 399
+    with torch.no_grad():
+        losses = [setup.forward(t, t.where(torch.arange(32) > 15, -100), document_ids=train.document_ids(t, 399)) for t in (one, other)]
+    assert torch.allclose(*losses, atol=1e-6)
+
+
+def test_the_average_of_weights_is_evaluated_and_exported_and_the_run_goes_on_with_its_own(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r"
+    command = ["--data", tokens, "--out", out, "--average_beta", 0.8, "--steps", 20, *SHAPE]
+    assert call(train, capsys, monkeypatch, *command, "--stop_after", 2, "--save_every", 1)[0] == 0
+    # an average of three: weights at the start, after one step and after two, kept by (1 + t) / (10 + t) of the step before
+    start = train.make_model(train.resolve(train.parse(SHAPE)[0], torch.device("cpu")), bpe.Tokenizer.load(tokens)).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    content = torch.load(next((out / "state").glob("step_2*")), weights_only=True)["weights"][name]["tensors"]
+    first = tmp_path / "one"
+    assert call(train, capsys, monkeypatch, *command[:2], "--out", first, *command[4:], "--stop_after", 1)[0] == 0
+    after_one = torch.load(next((first / "state").glob("step_1*")), weights_only=True)["weights"][name]["tensors"]["weight"]
+    expected = (start[name] * 0.1 + after_one * 0.9) * (2 / 11) + content["weight"] * (9 / 11)
+    assert (content["average"] - expected).abs().max() < 1e-6
+    assert torch.equal(load_safetensors(out / "model.safetensors")[name], content["average"])
+    assert call(train, capsys, monkeypatch, "--resume", out)[0] == 0
+    assert trajectory(out) == trajectory(twenty_steps)                       # what is learned is the same
+
+
+def test_a_growing_batch_reads_on_where_the_smaller_one_stopped(tokens, tmp_path, capsys, monkeypatch):
+    assert [train.batch_now(16, position, 9) for position in (0, 2.9, 3, 5.9, 6, 8.9, 9, 100)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    seen, batch = [], Mixture.batch
+    monkeypatch.setattr(Mixture, "batch", lambda self, first, count: seen.append((first, count)) or batch(self, first, count))
+    command = ["--data", tokens, "--out", tmp_path / "r", "--batch_warmup", 0.5, *SHAPE]
+    assert call(train, capsys, monkeypatch, *command, "--tokens", 12 * 256 * (1 - 0.5 * 17 / 24) - 1, "--stop_after", 5)[0] == 0
+    assert call(train, capsys, monkeypatch, "--resume", tmp_path / "r")[0] == 0
+    assert seen == [(0, 1), (1, 1), (2, 2), (4, 2), (6, 4), (10, 4), *((14 + 8 * i, 8) for i in range(6))]
+    assert records(tmp_path / "r")[-1]["tokens"] == 62 * 32
+    assert refused(call(train, capsys, monkeypatch, *command[:2], "--batch_warmup", 0.5, *SHAPE, "--batch_tokens", 128), "eighth of 4 sequences")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: sources
+
+def test_a_mixture_gives_each_source_its_share_in_the_order_that_it_has_alone(tmp_path):
+    datasets = [TokenDataset(write_tokens(tmp_path / f"{i}.npy", np.arange(n) + 10_000 * i), 10, seed=3) for i, n in enumerate((3001, 501, 101))]
+    mixture = Mixture(datasets, [0.7, 0.2, 0.1])
+    inputs, targets = mixture.batch(0, 2000)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    source = inputs[:, 0] // 10_000
+    assert torch.bincount(source).tolist() == [1400, 400, 200]
+    for start in range(0, 2000, 50):                                         # evenly spread: of every fifty places 35, 10 and 5
+        assert (torch.bincount(source[start:start + 50], minlength=3) - torch.tensor([35, 10, 5])).abs().max() <= 1
+    for i, dataset in enumerate(datasets):                                   # over several epochs of the smaller ones
+        assert torch.equal(inputs[source == i], dataset.batch(0, int((source == i).sum()))[0])
+    assert torch.equal(mixture.batch(777, 300)[0], inputs[777:1077])         # no matter where one begins to read
+    thirds = Mixture(datasets, [1, 1, 1]).batch(0, 1000)[0][:, 0] // 10_000
+    assert sorted(torch.bincount(thirds).tolist()) == [333, 333, 334]
+
+
+def test_sources_are_mixed_and_the_decay_phase_reads_its_own(tokens, tmp_path, capsys, monkeypatch):
+    """A text and a folder of tokens, annealed on another text; the tokenizer is the first source's."""
+    monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text(Path(bpe.__file__).read_text()[:30000])
+    Path("c.txt").write_text(Path(data.__file__).read_text())
+    command = ["--data", f"{tokens}:0.75", "b.txt:0.25", "--anneal_data", "c.txt", "--out", "r", "--schedule", "wsd", "--decay", 0.5,
+               "--steps", 8, *(word for word in SHAPE if word not in ("--schedule", "cosine"))]
+    seen, sequences = [], TokenDataset.sequences
+    monkeypatch.setattr(TokenDataset, "sequences", lambda self, indices: seen.append((self.paths[0], len(indices))) or sequences(self, indices))
+    assert call(train, capsys, monkeypatch, *command, "--stop_after", 3)[0] == 0
+    assert call(train, capsys, monkeypatch, "--resume", "r")[0] == 0
+    count = Counter()
+    for path, n in seen:
+        count[path.parent.name.split("-")[0]] += n * (path.name == "train.npy")
+    assert count == {tokens.name: 24, "b": 8, "c": 32}                       # four steps of eight sequences each way
+    args = json.loads(Path("r/args.json").read_text())
+    assert [weight for _, weight in args["sources"]["data"]] == [0.75, 0.25] and "/c-" in args["sources"]["anneal"][0][0]
+    state = torch.load(next(Path("r/state").glob("step_8*")), weights_only=True)["progress"]
+    assert state["annealing_since"] == 32 and state["sequences"] == 64
+    for folder, _ in args["sources"]["data"][1:] + args["sources"]["anneal"]:
+        assert Path(folder, "tokenizer.json").read_bytes() == (tokens / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_bin_shards_are_read_as_others_write_them(header, tmp_path, capsys, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 4096, 3000).astype("<u2")
+    top = np.zeros(256, "<i4")
+    top[:3] = 20240520, 1, 1500                                              # llm.c's: magic number, version, count
+    for name, part in (("a_train_000001", ids[:1500]), ("a_train_000002", ids[1500:]), ("a_val_000000", ids[:1500])):
+        (tmp_path / f"{name}.bin").write_bytes((top.tobytes() if header else b"") + part.tobytes())
+    training, validation = train.token_files(tmp_path)
+    dataset = TokenDataset(training, 100)
+    assert dataset.num_tokens == 3000 and len(dataset) == 28 and [p.name for p in validation] == ["a_val_000000.bin"]
+    inputs, targets = dataset.sequences([0, 13, 14, 27])
+    assert inputs[1].tolist() == ids[1300:1400].tolist() and targets[2].tolist() == ids[1501:1601].tolist() and inputs[3, 0] == ids[2800]
+    assert dataset.largest()[0] == ids.max()
+    arguments = [word for word in SHAPE if word not in ("--log_every", "1")]
+    assert call(train, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "r", "--steps", 2, *arguments)[0] == 0
+    (tmp_path / "a_val_000000.bin").write_bytes(top.tobytes() + b"xx" if header else b"x")
+    assert refused(call(train, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "s", "--steps", 2, *arguments), "a_val_000000.bin")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--data {t}:0.5 {t}", ["some sources a weight and others none", "A:0.7 B:0.3"]), ("--data {t}:0 {t}:1", [":0", "above 0"]),
+    ("--data {t}:1 {t}:0.0001", ["under a thousandth"]), ("--data {t} {t}", ["one folder of tokens", "A:0.7 B:0.3"]),
+    ("--data nowhere:0.5", ["--data nowhere", "no such file"]), ("--data {t} --anneal_data nowhere --schedule wsd", ["--anneal_data nowhere"]),
+    ("--data {t} --anneal_data {t}", ["--anneal_data", "wsd", "cosine"]), ("--data {t}:0.5 {o}:0.5", ["all sources must share a tokenizer"]),
+    ("--data {t} --optimizer sgd", ["--optimizer is 'sgd'", "muon or adamw"]), ("--data {t} --momentum 1", ["--momentum is 1"]),
+    ("--data {t} --average_beta 1", ["--average_beta is 1"]), ("--data {t} --muon_learning_rate 0", ["--muon_learning_rate is 0"]),
+    ("--data {t} --norm batch", ["norm is 'batch'", "rms or layer"]), ("--data {t} --sliding_window_pattern 2", ["sliding_window_pattern is 2"]),
+    ("--data {t} --dropout 1", ["dropout is 1"]), ("--data {t} --num_local_experts 4 --feed_forward gelu", ["feed_forward is 'gelu'"]),
+    ("--data {n} --document_mask --vocab_size 4096", ["--document_mask needs a token"])])
+def test_sources_and_switches_that_cannot_be_get_one_line(arguments, words, tokens, tmp_path, capsys, monkeypatch):
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    for folder in (other, bare):
+        shutil.copytree(tokens, folder)
+    bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], [EOT]).save(other / "tokenizer.json")
+    (bare / "tokenizer.json").unlink()
+    words_given = arguments.format(t=tokens, o=other, n=bare).split()
+    assert refused(call(train, capsys, monkeypatch, *SHAPE, *words_given, "--out", tmp_path / "r", "--steps", 2), *words)
+    assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# train.py: bench
+
+def test_bench_prints_speed_utilization_parts_and_memory(capsys, monkeypatch):
+    code, out, err = call(train, capsys, monkeypatch, "bench", *SHAPE, "--rounds", 3)
+    assert code == 0, err
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    milliseconds, tokens_per_second = float(re.search(r"([\d.]+) ms a step", lines["speed"])[1]), float(lines["speed"].split()[1].replace(",", ""))
+    assert tokens_per_second == pytest.approx(256 / milliseconds * 1000, rel=0.05)
+    ceiling = float(re.search(r"of the ([\d.e+-]+) TFLOP/s that products", lines["MFU"])[1])
+    # two layers of width 32, four query heads and two of keys and values, SwiGLU of 128; scores over 32 positions; a head of 4096
+    per_token = 3 * (2 * 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 128) + 2 * 4 * 32 * 32 + 2 * 4096 * 32)
+    assert float(re.search(r"([\d.]+)% of the", lines["MFU"])[1]) == pytest.approx(100 * per_token * tokens_per_second / ceiling / 1e12, rel=0.1, abs=0.06)
+    assert all(re.search(rf"{part} [\d.]+ ms", lines["parts"]) for part in ("data", "forward", "backward", "communication", "optimizer"))
+    assert "planned: weights" in lines["memory"]
+    assert refused(call(train, capsys, monkeypatch, "bench", "--rounds", 0), "--rounds is 0")
+    assert refused(call(train, capsys, monkeypatch, "bench", "--data", "x"), "--data", "random tokens")
+    result = call(train, capsys, monkeypatch, "bench", "--peer", *SHAPE, "--rounds", 2)
+    if importlib.util.find_spec("transformers") is None:
+        assert refused(result, "pip install transformers")
+    else:
+        assert re.search(r"transformers takes [\d.]+ times as long", result[1]), result
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # train.py: sweep and ablate
 

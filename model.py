@@ -138,8 +138,8 @@ def _presets() -> dict[str, Config]:
         num_hidden_layers=layers, num_attention_heads=heads, hidden_size=hidden, intermediate_size=inner,
         vocab_size=vocab, max_position_embeddings=context, **more)
     presets = {
-        "tiny": shape(3, 2, 128, 384, 4096, 256),                   # the bare run's, on a CPU
-        "mini": shape(8, 8, 512, 1408, 4096, 512),                  # the bare run's, on a GPU
+        "tiny": shape(3, 2, 128, 384, 4096, 256, tie_word_embeddings=True),      # the bare run's, on a CPU
+        "mini": shape(8, 8, 512, 1408, 4096, 512, tie_word_embeddings=True),     # the bare run's, on a GPU
         "tinystories": shape(4, 16, 512, 1344, 10_000, 256),        # CS336, assignment 1
     }
     # CS336, assignment 2 (systems): widths, depths and heads of its benchmarking table

@@ -3,22 +3,29 @@ Training: tokens in, a model folder out.
 
 `torchrun train.py` with nothing else runs the whole pipeline on the text that Python carries: it calls data.py and bpe.py
 (and shows the commands), trains a small model for two and a half minutes, measures it, and lets sample.py speak. With --data
-it trains on a text file of yours, or on a folder of tokens (train.npy, val.npy, tokenizer.json) that bpe.py wrote.
+it trains on a text file of yours, on a folder of tokens (train.npy, val.npy, tokenizer.json) that bpe.py wrote, or on several.
 
     torchrun train.py                                                   # one process; --nproc_per_node=8 for eight
     torchrun train.py --data book.txt --preset tinystories --steps 2000
+    torchrun train.py --data web:0.7 code:0.3 --anneal_data textbooks   # weights; and what the last part of the run reads
     torchrun train.py --resume runs/NAME                                # after Ctrl-C, kill -9, or to extend a run
     torchrun --nproc_per_node=8 train.py --parallel fsdp                # weights, gradients and moments divided over eight GPUs
     python train.py plot runs/*                                         # loss curves
+    python train.py bench --preset gpt2                                 # tokens/s, utilization, where a step's time goes
+    python train.py sweep                                               # learning rates, up to and past the edge of stability
+    python train.py ablate --variants adamw layer_norm --seeds 3        # what a choice is worth, with standard errors
 
-The file goes in the order of a run: settings, optimizer, learning rate, batches, earlier stages, checkpoints, evaluation,
-the loop. Three promises hold it together. The batch at a step depends on the seed and the step alone, so neither the
-number of processes nor an interruption changes what is learned. Nothing waits for the device inside a step: losses are
-read one step late. And every file appears by a rename, so that a kill at any moment leaves a run that can be resumed.
+The recipe: Muon for the layers' matrices and AdamW for all else; a learning rate that rises, stays, and falls to zero over
+the second half. Every part of it is a flag, and so is every switch of model.py's Config.
+
+The file goes in the order of a run: settings, optimizers, learning rate, batches, earlier stages, checkpoints, evaluation,
+one step, the loop; then bench, sweep and ablate, which are built on those. Three promises hold it together. The batch at a
+step depends on the seed and the step alone, so neither the number of processes nor an interruption changes what is learned.
+Nothing waits for the device inside a step: losses are read one step late. And every file appears by a rename, so that a kill
+at any moment leaves a run that can be resumed.
 
 A run folder is a Hugging Face model folder plus args.json, log.jsonl (one object per logged step) and state/ (what
---resume reads). Who holds what of the model when there are several ranks is ddp.py's affair. Left out so far: Muon, several
-weighted sources, fused kernels.
+--resume reads). Who holds what of the model when there are several ranks is ddp.py's affair. Left out so far: fused kernels.
 """
 import argparse
 import ctypes
@@ -57,8 +64,8 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from ddp import DDP, FSDP, MatrixOptimizer, ShardedOptimizer, bounds, gradient_norm, mesh, tensor_parallel, unsplit
-from model import (Config, Parser, Transformer, config_from_json, config_to_json, flops_per_token, human, load_pretrained, memory_bytes, num_parameters,
-                   preset, read_json, save_pretrained, write_atomically)
+from model import (Config, Parser, Transformer, config_from_json, config_to_json, flops_per_token, human, load_pretrained,
+                   memory_bytes, model_type, num_parameters, preset, read_json, save_pretrained, write_atomically)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -73,8 +80,8 @@ def flag(kind, default, text):
 class Settings:
     """What a run depends on. The command line is made from these fields; args.json keeps them."""
     # what to train on, and what
-    data: list = flag(list, None, "text files (.txt, .jsonl, .gz), a folder of tokens (train.npy and val.npy, or .bin shards), or several "
-                                  "of either with weights, A:0.7 B:0.3; none: Python's own text")
+    data: list = flag(list, None, "text files (.txt, .jsonl, .gz), a folder of tokens (train.npy and val.npy, or .bin "
+                                  "shards), or several of either with weights, A:0.7 B:0.3; none: Python's own text")
     anneal_data: list = flag(list, None, "what wsd's decay phase reads instead, named like --data")
     vocab_size: int = flag(int, 4096, "size of the tokenizer that is trained when --data is text")
     preset: str = flag(str, None, "shape of the model, see `python model.py`; none: tiny on a CPU, mini on a GPU")
@@ -108,9 +115,10 @@ class Settings:
     batch_tokens: int = flag(int, None, "tokens per optimizer step, over all ranks; none: 2048 on a CPU, 65536 on a GPU")
     batch_warmup: float = flag(float, 0.0, "share of the budget over which the batch doubles three times, from an eighth")
     micro_batch_size: int = flag(int, None, "sequences per forward pass on a rank; the rest is accumulated")
-    optimizer: str = flag(str, "muon", "muon (the layers' matrices by Muon, all else by AdamW) or adamw")
-    learning_rate: float = flag(float, None, "AdamW's peak learning rate; none: 0.5 / hidden_size")
-    muon_learning_rate: float = flag(float, None, "Muon's; none: 0.04 * hidden_size times AdamW's, so 0.02 for all widths by default")
+    optimizer: str = flag(str, None, "muon (the layers' matrices by Muon, all else by AdamW) or adamw; none: muon, unless "
+                                     "--tensor_parallel divides the matrices")
+    learning_rate: float = flag(float, None, "AdamW's peak learning rate; none: 2 / hidden_size beside Muon, 0.5 / hidden_size alone")
+    muon_learning_rate: float = flag(float, None, "Muon's; none: 0.005 * hidden_size times the other, so 0.01 unless that is given")
     final_learning_rate: float = flag(float, 0.0, "learning rate at the end, as a share of the peak")
     schedule: str = flag(str, "wsd", "wsd (warm up, stay, decay linearly) or cosine")
     warmup: float = flag(float, 0.05, "share of the budget over which the learning rate rises")
@@ -120,8 +128,8 @@ class Settings:
     beta2: float = flag(float, 0.95, "AdamW's average of squared gradients")
     momentum: float = flag(float, 0.95, "Muon's average of gradients")
     clip: float = flag(float, 1.0, "largest global norm of the gradient")
-    z_loss: float = flag(float, 0.0, "weight of mean(logsumexp of the logits, squared), which keeps them from drifting; 1e-4 is usual")
-    average_beta: float = flag(float, 0.0, "evaluate and export an average of the weights, of which this share stays in each step; 0: none")
+    z_loss: float = flag(float, 0.0, "weight of mean(logsumexp(logits)²), which keeps logits from drifting; 1e-4 is usual")
+    average_beta: float = flag(float, 0.0, "evaluate and export an average of weights, of which this share stays in each step")
     document_mask: bool = flag(bool, None, "attention stays within a document")
     max_skipped: int = flag(int, 25, "give up after this many non-finite steps in a row")
     seed: int = flag(int, 0, "of the weights and of the order of the data")
@@ -129,7 +137,7 @@ class Settings:
     device: str = flag(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = flag(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
     compile: bool = flag(bool, None, "compile the model with torch.compile")
-    recompute: bool = flag(bool, None, "keep each layer's input alone and compute the rest again for the backward pass: less memory")
+    recompute: bool = flag(bool, None, "keep of each layer its input alone, and compute the rest again in the backward pass")
     workers: int = flag(int, None, "processes that tokenize; none: all cores")
     parallel: str = flag(str, "ddp", "what ranks share, beside the batch: ddp (nothing), zero1 (optimizer state), fsdp (everything)")
     tensor_parallel: int = flag(int, 1, "ranks that divide every matrix among them; the others divide the batch")
@@ -149,16 +157,17 @@ class Settings:
 FREE = set("steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
            "stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel recompute".split())
 # What a flag may change of a preset: fields of model.py's Config. Dropout is one too, but a matter of training.
-SHAPE = [f.name for f in fields(Settings) if f.name in Config.__dataclass_fields__ and f.name not in ("vocab_size", "dropout")]
+SHAPE = [f.name for f in fields(Settings) if f.name in set(Config.__dataclass_fields__) - {"vocab_size", "dropout"}]
 # Changing one of these makes it another run.
-FIXED = {*SHAPE, *"data anneal_data vocab_size preset sequence_length init_from batch_tokens batch_warmup optimizer average_beta document_mask seed".split()}
+FIXED = {*SHAPE, *"data anneal_data vocab_size preset sequence_length init_from batch_tokens batch_warmup optimizer".split(),
+         *"average_beta document_mask seed".split()}
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Optimizer, clipping, learning rate
 
 class Skipping(torch.optim.Optimizer):
-    """An optimizer whose step can be called off without the host knowing whether it was. A subclass has `update(group, skip)`."""
+    """An optimizer whose step can be called off without the host knowing whether it was. Subclasses: `update(group, skip)`."""
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None):
@@ -229,7 +238,7 @@ class Muon(Skipping):
     has more outputs than inputs change them by as much as a square one (Bernstein 2025, "Deriving Muon"). For matrices
     (..., rows, columns) between hidden layers; embeddings, the head and vectors are AdamW's."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
+    def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=dtype))
 
     def update(self, group: dict, skip: Tensor | None):
@@ -258,8 +267,9 @@ class Muon(Skipping):
 def decay_groups(named: dict[str, Tensor], matrices: set[str], weight_decay: float) -> list[dict]:
     """Parameter groups in which `matrices`, given by name (a shard does not show its shape), decay and all others (norms,
     biases) do not."""
-    return [group for group in ({"params": [p for name, p in named.items() if name in matrices], "weight_decay": weight_decay},
-                                {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0}) if group["params"]]
+    groups = [{"params": [p for name, p in named.items() if name in matrices], "weight_decay": weight_decay},
+              {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def hidden_matrices(model: Transformer) -> set[str]:
@@ -420,8 +430,8 @@ def map_tokens(path) -> np.ndarray:
         header = np.fromfile(path, "<i4", 3)
         if len(header) == 3 and header[0] == 20240520:
             if header[1] != 1 or size < 1024 + 2 * int(header[2]):
-                raise ValueError(f"{path} has the header of a shard of version {header[1]} with {header[2]:,} tokens, and {size:,} bytes; "
-                                 "version 1, whole, can be read")
+                raise ValueError(f"{path} has the header of a shard of version {header[1]} with {header[2]:,} tokens, and {size:,} "
+                                 "bytes; version 1, whole, can be read")
             return np.memmap(path, "<u2", "r", offset=1024, shape=(int(header[2]),))
         if size % 2 or not size:
             raise ValueError(f"{path} has {size:,} bytes, which are no array of two-byte token ids")
@@ -443,7 +453,8 @@ def token_files(folder) -> tuple[list[Path], list[Path]]:
     for split in ("train", "val"):
         npy, shards = Path(folder, f"{split}.npy"), sorted(Path(folder).glob(f"*{split}*.bin"))
         if not npy.exists() and not shards:
-            raise ValueError(f"--data {folder}: there is no {split}.npy (nor *{split}*.bin); make it with `python bpe.py encode`, or give text files")
+            raise ValueError(f"--data {folder}: there is no {split}.npy (nor *{split}*.bin); make it with `python bpe.py encode`, "
+                             "or give text files")
         found.append([npy] if npy.exists() else shards)
     return found[0], found[1]
 
@@ -494,7 +505,8 @@ def weighted(sources: list[str] | None, flag: str) -> list[tuple[list[str], floa
     if len({weight is None for _, weight in parsed}) > 1:
         raise ValueError(f"--{flag} gives some sources a weight and others none; give all of them one, as in A:0.7 B:0.3")
     if len(parsed) > 1 and parsed[0][1] is None and any(os.path.isdir(path) for path, _ in parsed):
-        raise ValueError(f"--{flag} takes text files, one folder of tokens, or sources with weights, as in A:0.7 B:0.3; it was given {' '.join(sources)}")
+        raise ValueError(f"--{flag} takes text files, one folder of tokens, or sources with weights, as in A:0.7 B:0.3; it was "
+                         f"given {' '.join(sources)}")
     if parsed and parsed[0][1] is not None:
         total = sum(weight for _, weight in parsed)
         for path, weight in parsed:
@@ -521,6 +533,13 @@ def prepare(settings: Settings) -> dict[str, list]:
                 tokenizer = own
             sources[name].append([str(folder.resolve()), weight])
     return sources
+
+
+def described_sources(sources: dict[str, list]) -> list[str]:
+    """What `prepare` returns, in words."""
+    words = lambda folder, weight, several: f"{folder} ({weight:g})" if several else folder
+    return [words(folder, weight, len(of_kind) > 1) + (" at the end" if kind == "anneal" else "")
+            for kind, of_kind in sources.items() for folder, weight in of_kind]
 
 
 def tokenize(sources: list[str], settings: Settings, tokenizer_from: Path | None = None) -> Path:
@@ -710,8 +729,8 @@ def seal_checkpoint(folder, step: int, files: list[str]):
 @torch.no_grad()
 def load_checkpoint(folder, parts: dict[str, dict[str, Part]] = {}, device="cpu") -> dict:
     """Read the newest whole state of a run, whatever number of ranks and strategy wrote it: each tensor is put together from
-    the files, and this rank takes its part, into the tensor that it has or, for an optimizer's state, a new one on `device`. Returns step
-    and progress. ValueError when there is none, or it is another model's."""
+    the files, and this rank takes its part, into the tensor that it has or, for an optimizer's state, a new one on `device`.
+    Returns step and progress. ValueError when there is none, or it is another model's."""
     latest = Path(folder, "state", "latest.json")
     if not latest.exists():
         raise ValueError(f"{folder} holds no checkpoint (no state/latest.json), so there is nothing to resume; start it again with --out {folder}")
@@ -920,8 +939,9 @@ def assemble(s: Settings, model: Transformer, device: torch.device, ranks: Ranks
     adamw, muon = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2)), dict(
         lr=s.muon_learning_rate, momentum=s.momentum, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     optimizers = []
-    for kind, options, mine in ((AdamW, adamw, lambda name: name not in orthogonal), (Muon, muon, lambda name: name in orthogonal)):
-        groups = decay_groups({name: p for name, p in model.named_parameters() if p.requires_grad and mine(name)}, matrices, s.weight_decay)
+    for kind, options in ((AdamW, adamw), (Muon, muon)):
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad and (name in orthogonal) == (kind is Muon)}
+        groups = decay_groups(named, matrices, s.weight_decay)
         if groups and s.parallel == "zero1":
             optimizers.append((ShardedOptimizer(groups, kind, ranks.data, **options), options["lr"]))
         elif groups and s.parallel == "fsdp" and kind is Muon:
@@ -1001,6 +1021,11 @@ def micro_batches(stream, first: int, count: int, micro: int, device: torch.devi
         yield tuple(map(to_device, stream.batch(first + i, min(micro, count - i))))
 
 
+def loss_of(s: Settings, setup: Setup, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The loss to differentiate: beside the cross-entropy what --z_loss and experts add."""
+    return setup.forward(tokens, targets, document_ids=document_ids(tokens, setup.document_end), z_loss=s.z_loss)
+
+
 def training_step(s: Settings, setup: Setup, batches, share: int, factor: float, step: int, span=record_function) -> tuple[Tensor, ...]:
     """One optimizer step on `share` sequences of this rank, in micro-batches, with the learning rates at `factor` of their
     peaks; returns the mean loss over all ranks, the gradient's norm, and whether the step was skipped because one of the two
@@ -1015,8 +1040,7 @@ def training_step(s: Settings, setup: Setup, batches, share: int, factor: float,
             done += len(tokens)
         with nullcontext() if done == share or not isinstance(parallel, DDP) else parallel.no_sync():
             with span("forward"), setup.autocast():
-                options = {"z_loss": s.z_loss} if s.z_loss else {}
-                part = setup.forward(tokens, targets, document_ids=document_ids(tokens, setup.document_end), **options) * (len(tokens) / share)
+                part = loss_of(s, setup, tokens, targets) * (len(tokens) / share)
             with span("backward"):
                 part.backward()
         loss += part.detach()
@@ -1144,8 +1168,10 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name in ("preset", *SHAPE):
         if s.init_from and getattr(s, name) is not None:
             raise ValueError(f"--{name} {getattr(s, name)} contradicts --init_from {s.init_from}, whose model has a shape already")
+    s.optimizer = s.optimizer or ("muon" if s.tensor_parallel == 1 else "adamw")
     if s.tensor_parallel > 1 and s.optimizer == "muon":
-        raise ValueError(f"--optimizer muon needs whole matrices, which --tensor_parallel {s.tensor_parallel} divides; take --optimizer adamw")
+        raise ValueError(f"--optimizer muon needs whole matrices, which --tensor_parallel {s.tensor_parallel} divides; take "
+                         "--optimizer adamw")
     if s.anneal_data and s.schedule != "wsd":
         raise ValueError(f"--anneal_data belongs to the decay phase of --schedule wsd, and the schedule is {s.schedule}")
     if s.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "icpx"))):
@@ -1164,13 +1190,15 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name in positive:
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must be above 0")
-    for name in ("final_learning_rate", "weight_decay", "seed", "warmup", "decay", "beta1", "beta2", "momentum", "z_loss", "average_beta", "batch_warmup"):
+    shares, betas = ["warmup", "decay", "batch_warmup", "final_learning_rate"], ["beta1", "beta2", "momentum", "average_beta"]
+    for name in (*shares, *betas, "weight_decay", "z_loss", "seed"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must not be negative")
-    for name in ("warmup", "decay", "beta1", "beta2", "momentum", "average_beta", "batch_warmup", "final_learning_rate"):
-        if getattr(s, name) > 1 or getattr(s, name) == 1 and name in ("beta1", "beta2", "momentum", "average_beta"):
+    for name in (*shares, *betas):
+        if getattr(s, name) > 1 or getattr(s, name) == 1 and name in betas:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
-    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"), "parallel": ("ddp", "zero1", "fsdp")}.items():
+    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"),
+                          "parallel": ("ddp", "zero1", "fsdp")}.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"--{name} is {getattr(s, name)!r}; it must be {' or '.join(filter(None, choices))}")
     return s
@@ -1218,8 +1246,8 @@ def split_batch(settings: Settings, sequence_length: int, ranks: int, largest: i
         raise ValueError(f"--batch_tokens {settings.batch_tokens} is no multiple of the sequence length {sequence_length}; "
                          f"{max(1, round(settings.batch_tokens / sequence_length)) * sequence_length} is")
     if settings.batch_warmup and sequences % (8 * ranks):
-        raise ValueError(f"--batch_warmup begins with an eighth of {sequences} sequences ({settings.batch_tokens} tokens), which cannot be split "
-                         f"evenly over {ranks} rank(s); make --batch_tokens a multiple of {8 * ranks * sequence_length}")
+        raise ValueError(f"--batch_warmup begins with an eighth of {sequences} sequences ({settings.batch_tokens} tokens), which cannot "
+                         f"be split evenly over {ranks} rank(s); make --batch_tokens a multiple of {8 * ranks * sequence_length}")
     if sequences % ranks:
         raise ValueError(f"a batch of {sequences} sequences ({settings.batch_tokens} tokens) cannot be split evenly over "
                          f"{ranks} ranks; make --batch_tokens a multiple of {ranks * sequence_length}")
@@ -1231,9 +1259,10 @@ def split_batch(settings: Settings, sequence_length: int, ranks: int, largest: i
 
 
 def default_rates(s: Settings, config: Config):
-    """Fill in the learning rates. AdamW's falls with the width, 4e-3 at 128 and 6.5e-4 at GPT-2's 768; Muon's does not."""
-    s.learning_rate = s.learning_rate or 0.5 / config.hidden_size
-    s.muon_learning_rate = s.muon_learning_rate or 0.04 * config.hidden_size * s.learning_rate
+    """Fill in the learning rates. AdamW's falls with the width (alone 4e-3 at 128, 6.5e-4 at GPT-2's 768), Muon's does not.
+    Beside Muon AdamW has embedding, head and vectors alone, which bear, and want, four times the rate of all together."""
+    s.learning_rate = s.learning_rate or (2 if s.optimizer == "muon" else 0.5) / config.hidden_size
+    s.muon_learning_rate = s.muon_learning_rate or 0.005 * config.hidden_size * s.learning_rate
 
 
 def steps_for(s: Settings, batch: int, length: int) -> int:
@@ -1253,7 +1282,7 @@ def compile_ahead(s: Settings, setup: Setup, stream: Mixture, micro: int) -> flo
     start = time.perf_counter()
     tokens, targets = next(micro_batches(stream, 0, micro, micro, setup.device))
     with setup.autocast():
-        loss = setup.forward(tokens, targets, document_ids=document_ids(tokens, setup.document_end), **({"z_loss": s.z_loss} if s.z_loss else {}))
+        loss = loss_of(s, setup, tokens, targets)
     loss.backward()
     if setup.parallel is not setup.model:
         setup.parallel.finish_gradient_synchronization()
@@ -1416,11 +1445,13 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         cut_log(out, step)
         write_atomically(out / "args.json", json.dumps(args, indent=2).encode())
     bytes_of = token_bytes(tokenizer, config.vocab_size) if tokenizer else None
+    kind = "flatlm (no architecture of transformers has these switches)" if model_type(config) == "flatlm" else model_type(config)
     say(f"model    {human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and "
-        f"head): {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}\n"
+        f"head): {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}; {kind}\n"
         f"data     {sum(d.num_tokens for d in datasets):,} tokens to train on, {validation.num_tokens:,} to validate, in "
-        f"{', '.join(f'{folder}' + (f' ({weight:g})' if len(of_kind) > 1 else '') + (' at the end' if kind == 'anneal' else '') for kind, of_kind in sources.items() for folder, weight in of_kind)}\n"
-        f"batch    {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {-(-batch // ranks.data_count // micro)} forward pass(es) x {micro}\n"
+        f"{', '.join(described_sources(sources))}\n"
+        f"batch    {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {batch // ranks.data_count // micro} forward "
+        f"pass(es) x {micro}\n"
         + (f"ranks    {ranks.count}: {s.parallel} over {ranks.data_count}, matrices divided over {s.tensor_parallel}\n" if ranks.count > 1 else "") +
         f"machine  {device.type}, {args['dtype']}, {peak / 1e12:.3g} TFLOP/s at best\n"
         f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(total * batch * length)} tokens")
@@ -1630,26 +1661,33 @@ def bench(argv: list[str]):
     memory = peak_memory(device) - start_memory
     for number in range(min(rounds, 5)):
         step(number, parts)
-    median = float(np.median(seconds))
-    flops = flops_per_token(config, length) * batch * length / median
-    ceiling, sheet = measured_flops(device, getattr(torch, dtype)) * ranks.count, data_sheet_flops(device, getattr(torch, dtype))
+    milliseconds, tried = 1000 * np.array(seconds), min(rounds, 5)
+    speed = batch * length / float(np.median(seconds))
+    flops, number = flops_per_token(config, length) * speed, lambda n: f"{n / 1e12:,.3g} TFLOP/s"
+    sheet = data_sheet_flops(device, getattr(torch, dtype))
+    ceiling = measured_flops(device, getattr(torch, dtype)) * ranks.count
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     plan = memory_bytes(config, micro, length, 2 if dtype == "bfloat16" else 4)
-    plan["optimizer"] -= 4 * sum(math.prod(setup.shapes[name]) for name in orthogonal) if s.optimizer == "muon" else 0
-    planned = sum(plan.values())
-    say(f"model     {human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and head), "
-        f"{human(flops_per_token(config, length))} FLOPs per token\n"
-        f"machine   {ranks.count} x {torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type}, {torch.get_num_threads()} threads'}, {dtype}, torch {torch.__version__}\n"
-        f"batch     {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {share // micro} forward pass(es) x {micro}; {s.optimizer}\n"
-        f"speed     {batch * length / median:,.0f} tokens/s, {1000 * median:.1f} ms a step (median of {rounds}, from {1000 * min(seconds):.1f} to {1000 * max(seconds):.1f})\n"
-        f"MFU       " + (f"{flops / (sheet * ranks.count):.1%} of the data sheet's {sheet * ranks.count / 1e12:,.0f} TFLOP/s, " if sheet else "")
-        + f"{flops / ceiling:.1%} of the {ceiling / 1e12:,.3g} TFLOP/s that products of large matrices reach here\n"
-        f"parts     " + ", ".join(f"{name} {1000 * parts.seconds[name] / min(rounds, 5):.1f} ms" for name in parts.seconds)
-        + " (each waited for)\n"
-        f"memory    " + (f"{human(memory)}B at the peak beyond the start's, {human(planned)}B planned: " + ", ".join(
-            f"{name} {human(size)}B" for name, size in plan.items()) if ranks.count == 1 and not peer else f"{human(memory)}B a rank at the peak beyond the start's"))
+    if s.optimizer == "muon":                                            # one moment, where AdamW has two
+        plan["optimizer"] -= 4 * sum(math.prod(setup.shapes[name]) for name in orthogonal)
+    planned = f", {human(sum(plan.values()))}B planned: " + ", ".join(f"{part} {human(size)}B" for part, size in plan.items())
+    lines = {
+        "model": f"{human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and head), "
+                 f"{human(flops_per_token(config, length))} FLOPs per token",
+        "machine": f"{ranks.count} x {chip}, {dtype}, torch {torch.__version__}",
+        "batch": f"{batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {share // micro} forward pass(es) x {micro}; "
+                 + s.optimizer,
+        "speed": f"{speed:,.0f} tokens/s, {np.median(milliseconds):.1f} ms a step (median of {rounds}, {milliseconds.min():.1f} to "
+                 f"{milliseconds.max():.1f})",
+        "MFU": (f"{flops / (sheet * ranks.count):.1%} of the data sheet's {number(sheet * ranks.count)}, " if sheet else "")
+               + f"{flops / ceiling:.1%} of the {number(ceiling)} that products of large matrices reach here",
+        "parts": ", ".join(f"{name} {1000 * total / tried:.1f} ms" for name, total in parts.seconds.items()) + " (each waited for)",
+        "memory": f"{human(memory)}B at the peak beyond the start's" + (planned if ranks.count == 1 and not peer else " on the first rank")}
     if theirs:
-        say(f"peer      transformers takes {np.median(ratios):.2f} times as long a step (AdamW, fused; median of {rounds} paired ratios, "
-            f"{min(ratios):.2f} to {max(ratios):.2f})")
+        lines["peer"] = (f"transformers takes {np.median(ratios):.2f} times as long a step (with fused AdamW; median of {rounds} paired "
+                         f"ratios, {min(ratios):.2f} to {max(ratios):.2f})")
+    for name, text in lines.items():
+        say(f"{name:9} {text}")
     ranks.stop()
 
 
@@ -1677,10 +1715,8 @@ VARIANTS = {
     "softcapping": "--final_logit_softcapping 15",                       # logits within ±15 (Gemma 2, arXiv 2408.00118)
     "experts": "--num_local_experts 4",                                  # a mixture in each layer (Mixtral, arXiv 2401.04088)
     "tied": "--tie_word_embeddings",                                     # the head is the embedding (arXiv 1608.05859)
-    "adamw": "--optimizer adamw",                                        # that of adamw and muon which is not base's
-    "muon": "--optimizer muon",                                          # orthogonal updates (Jordan et al. 2024)
-    "cosine": "--schedule cosine",                                       # that of cosine and wsd which is not base's
-    "wsd": "--schedule wsd",                                             # stays at the peak, then decays (arXiv 2404.06395)
+    "adamw": "--optimizer adamw",                                        # for the layers' matrices too
+    "cosine": "--schedule cosine",                                       # half a wave from peak to zero (arXiv 1608.03983)
     "z_loss": "--z_loss 1e-4",                                           # keeps the log-sum-exp small (PaLM, arXiv 2204.02311)
     "dropout": "--dropout 0.1",                                          # costs where no token is seen twice
     "batch_warmup": "--batch_warmup 0.1",                                # small batches first (GPT-3, arXiv 2005.14165)

@@ -1714,7 +1714,7 @@ VARIANTS = {
     "qk_norm": "--qk_norm",                                              # norm on queries and keys (arXiv 2010.04245)
     "softcapping": "--final_logit_softcapping 15",                       # logits within ±15 (Gemma 2, arXiv 2408.00118)
     "experts": "--num_local_experts 4",                                  # a mixture in each layer (Mixtral, arXiv 2401.04088)
-    "tied": "--tie_word_embeddings",                                     # the head is the embedding (arXiv 1608.05859)
+    "untied": "--no_tie_word_embeddings",                                # the head is not the embedding (arXiv 1608.05859)
     "adamw": "--optimizer adamw",                                        # for the layers' matrices too
     "cosine": "--schedule cosine",                                       # half a wave from peak to zero (arXiv 1608.03983)
     "z_loss": "--z_loss 1e-4",                                           # keeps the log-sum-exp small (PaLM, arXiv 2204.02311)
@@ -1746,6 +1746,7 @@ def grid_flags(parser: Parser, argv: list[str], refused: dict[str, str], *own: s
     given = given_flags(parser, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several ranks cannot share a grid of runs; start it with python, without torchrun")
+    given.setdefault("eval_tokens", 8192)                                # on the way; the last evaluation takes all there are
     refuse_flags(given, {"resume": (again := "the same command again goes on with its runs"), "stop_after": again, **refused})
     return given, [given.pop(name, None) for name in own]
 

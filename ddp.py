@@ -981,6 +981,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return loss / count
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad):
         x_grad, w_grad = ctx.saved_tensors
         return x_grad * loss_grad, w_grad * loss_grad, *[None] * 8

@@ -103,7 +103,7 @@ class Config:
         refused = {       # the first that holds is told, with the field's value
             "sliding_window": (given("sliding_window") and self.sliding_window < 1, "; it must be at least 1"),
             "sliding_window_pattern": (given("sliding_window_pattern") and (self.sliding_window_pattern < 2 or not given(
-                "sliding_window")), "; it must be at least 2, and sliding_window be given too"),
+                "sliding_window")), "; it must be at least 2" if given("sliding_window") else " without a sliding_window; give both"),
             "use_parallel_residual": (self.use_parallel_residual and self.norm_place == "post",
                                       " with norm_place post; it needs a norm before both: take pre, both or none"),
             "final_logit_softcapping": (given("final_logit_softcapping") and not self.final_logit_softcapping > 0,
@@ -243,6 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss / count
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad: Tensor):
         x_grad, w_grad = ctx.saved_tensors
         return x_grad * loss_grad, w_grad * loss_grad, None, None, None, None, None
@@ -330,7 +331,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, sc
 class TiledAttention(torch.autograd.Function):
     """Attention for a CPU, some heads at a time, whose scores (S × S each) stay in cache and are never all there. The backward
     pass computes the probabilities P again (Dao et al. 2022, arXiv 2205.14135): with out = P v and gradients g of out,
-    those of v are Pᵀ g, and those of the scores are P · (g vᵀ - rowsum(g · out))."""
+    those of v are Pᵀ g, and those of the scores are P · (g vᵀ - rowsum(g · out)). In bfloat16 the scores are rounded before
+    the softmax (PyTorch's kernel keeps them in float32): three times its error on sharp attention, for training alone."""
 
     @staticmethod
     def probabilities(q, k, scale, bias):
@@ -348,6 +350,7 @@ class TiledAttention(torch.autograd.Function):
         return out.view(shape)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         (q, k, v, out, bias), g = ctx.saved_tensors, gradient.flatten(0, 1)
         q_grad, k_grad, v_grad = (torch.empty_like(t) for t in (q, k, v))
@@ -368,8 +371,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
     by tiles of our own, which take half its time in training, as long as the scores of a head fit into the cache."""
     k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     queries, keys = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and 1 < queries == keys <= 1024 and document_ids is None and query_start is None:
-        bias = torch.zeros(queries, keys).masked_fill(~attention_mask(queries, keys, q.device, causal, window), float("-inf"))
+    tiled = (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and 1 < queries == keys <= 1024
+             and document_ids is None and query_start is None and v.shape == k.shape and q.dtype in (torch.float32, torch.bfloat16)
+             # a compiler unrolls the tiles
+             and not (torch.compiler.is_compiling() and q.shape[0] * q.shape[1] * queries * keys > 2 ** 23))
+    if tiled:
+        mask = attention_mask(queries, keys, q.device, causal, window)
+        bias = torch.zeros(queries, keys, device=q.device).masked_fill(~mask, float("-inf"))
+        q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
         return TiledAttention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, bias)
     square = queries == keys and document_ids is None and query_start is None and (window is None or window >= keys)
     if square or (queries == 1 and query_start is None and document_ids is None and window is None):
@@ -632,8 +641,9 @@ class Transformer(nn.Module):
         `fan_in`: standard deviation 1/√fan-in keeps the variance of activations from layer to layer; the two matrices
         that write to the residual stream are smaller by √(2 · layers), the number of writes that add up there (Radford
         et al. 2019). The embedding has 1/√hidden_size too, which also fits it for a tied head; so have learned positions.
-        `glorot`, the course's: 2/(fan-in + fan-out) as the variance of every matrix, 1 for the embedding (as it enters the
-        residual stream: sinusoidal positions have it multiplied by √hidden_size) and for learned positions."""
+        `glorot`, the course's: 2/(fan-in + fan-out) as the variance of every matrix, 1 for learned positions and for the
+        embedding (as it enters the residual stream: sinusoidal positions have it multiplied by √hidden_size), unless that is
+        the head too."""
         multiplied = self.config.position == "sinusoidal"
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -641,7 +651,7 @@ class Transformer(nn.Module):
             elif parameter.dim() >= 2:                     # of stacked experts each by its own fan-in
                 fan_out, fan_in = parameter.shape[-2:]
                 if self.config.initializer == "glorot" and "embed" in name:
-                    std = 1 / math.sqrt(fan_in) if multiplied else 1.0
+                    std = 1 / math.sqrt(fan_in) if multiplied or self.config.tie_word_embeddings else 1.0
                 elif self.config.initializer == "glorot":
                     std = math.sqrt(2 / (fan_in + fan_out))
                 else:

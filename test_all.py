@@ -1600,7 +1600,7 @@ def test_compiled_layers_compute_the_same():
     ({"norm": "batch"}, "norm is 'batch'; it must be rms or layer"), ({"norm_place": "before"}, "norm_place is 'before'"),
     ({"position": "alibi"}, "rope, learned, sinusoidal or none"), ({"feed_forward": "relu"}, "feed_forward is 'relu'"),
     ({"head_dim": 7}, "head_dim 7 is odd"), ({"sliding_window": 0}, "sliding_window is 0"),
-    ({"sliding_window_pattern": 2}, "sliding_window be given too"), ({"sliding_window": 4, "sliding_window_pattern": 1}, "at least 2"),
+    ({"sliding_window_pattern": 2}, "without a sliding_window"), ({"sliding_window": 4, "sliding_window_pattern": 1}, "at least 2"),
     ({"use_parallel_residual": True, "norm_place": "post"}, "take pre, both or none"),
     ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"), ({"final_logit_softcapping": -1.0}, "above 0"),
     ({"dropout": 1.0}, "dropout is 1.0"), ({"dropout": -0.1}, "dropout is -0.1"), ({"num_local_experts": 0}, "num_local_experts is 0"),
@@ -2140,14 +2140,19 @@ def test_resuming_says_what_it_changes_and_refuses_what_contradicts(tokens, twen
     resume = lambda *arguments: call(train, capsys, monkeypatch, "--resume", again, *arguments)
     assert "is finished (20 steps" in resume()[1]
     for flag, value, own in (("hidden_size", 64, 32), ("batch_tokens", 512, 256), ("sequence_length", 64, 32), ("seed", 1, 0),
-                             ("preset", "mini", "tiny"), ("data", "elsewhere", tokens)):
+                             ("preset", "mini", "tiny")):
         assert refused(resume(f"--{flag}", value), f"--{flag}", value, own)
     assert refused(resume("--out", "x"), "--out")
     code, text, _ = resume("--steps", 24, "--learning_rate", 1e-3)
+    assert "muon_learning_rate is 0.00016 and no longer 0.02" in text        # one dial for both: 0.005 * 32 * 1e-3
     assert code == 0 and "the budget is 24 steps and no longer 20 steps" in text and "learning_rate is 0.001 and no longer 0.004" in text
     rate = 1e-3 * (1 + math.cos(math.pi * (20 - 1.2) / (24 - 1.2))) / 2      # step 20 of 24, of which 1.2 were warm-up
     assert f"the learning rate goes on at {rate:.3g} where it stood at 0" in text
     assert [row["step"] for row in records(again)] == list(range(1, 25))
+    assert refused(resume("--data", "elsewhere"), "--data elsewhere", "no such file")
+    moved = tmp_path / "moved"                                               # data may lie elsewhere now, if it is the same
+    shutil.copytree(tokens, moved)
+    assert "is finished (24 steps" in resume("--data", moved)[1]
     values = json.loads((again / "args.json").read_text())
     (again / "args.json").write_text(json.dumps({**values, "data_fingerprint": "0" * 16}))
     assert refused(resume("--steps", 30), "0" * 16, values["data_fingerprint"])
@@ -2156,6 +2161,15 @@ def test_resuming_says_what_it_changes_and_refuses_what_contradicts(tokens, twen
     assert "is finished (24 steps" in resume()[1]                            # written before there was such a setting
     (again / "args.json").write_text("{}")
     assert refused(resume(), "args.json has no")
+
+
+def test_a_run_keeps_its_shape_when_its_preset_changes(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r"
+    assert call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--steps", 20, "--stop_after", 10, *SHAPE)[0] == 0
+    (out / "config.json").unlink()                                           # the export is not what a run goes on from
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=False, rope_theta=5.0))
+    assert call(train, capsys, monkeypatch, "--resume", out)[0] == 0
+    assert trajectory(out) == trajectory(twenty_steps)
 
 
 def test_a_whole_state_is_not_written_over_by_its_like(twenty_steps, tmp_path, capsys, monkeypatch):
@@ -2439,6 +2453,12 @@ def test_recomputing_and_profiling_change_no_loss(tokens, twenty_steps, tmp_path
     assert all(names[part] == 3 for part in ("data", "forward", "backward", "communication", "optimizer")), names
 
 
+@pytest.mark.parametrize("steps, traced", [(1, False), (3, True)])
+def test_a_profile_that_is_cut_short_is_written_or_said_to_be_empty(steps, traced, tokens, tmp_path, capsys, monkeypatch):
+    code, out, _ = call(train, capsys, monkeypatch, "--data", tokens, "--out", tmp_path / "r", "--steps", steps, "--profile", tmp_path / "p", *SHAPE)
+    assert code == 0 and (tmp_path / "p" / "trace.rank_0.json").exists() == traced and ("nothing was written" in out) != traced
+
+
 def test_a_document_mask_keeps_a_documents_loss_from_what_stands_before_it(tokens):
     ids = train.document_ids(torch.tensor([[5, 9, 6, 7, 9, 9, 8]]), 9)
     assert ids.tolist() == [[0, 0, 1, 1, 1, 2, 3]] and train.document_ids(torch.tensor([[5]]), None) is None
@@ -2477,7 +2497,7 @@ def test_a_growing_batch_reads_on_where_the_smaller_one_stopped(tokens, tmp_path
     seen, batch = [], Mixture.batch
     monkeypatch.setattr(Mixture, "batch", lambda self, first, count: seen.append((first, count)) or batch(self, first, count))
     command = ["--data", tokens, "--out", tmp_path / "r", "--batch_warmup", 0.5, *SHAPE]
-    assert call(train, capsys, monkeypatch, *command, "--tokens", 12 * 256 * (1 - 0.5 * 17 / 24) - 1, "--stop_after", 5)[0] == 0
+    assert call(train, capsys, monkeypatch, *command, "--tokens", 62 * 32 - 1, "--stop_after", 5)[0] == 0
     assert call(train, capsys, monkeypatch, "--resume", tmp_path / "r")[0] == 0
     assert seen == [(0, 1), (1, 1), (2, 2), (4, 2), (6, 4), (10, 4), *((14 + 8 * i, 8) for i in range(6))]
     assert records(tmp_path / "r")[-1]["tokens"] == 62 * 32
@@ -2521,7 +2541,10 @@ def test_sources_are_mixed_and_the_decay_phase_reads_its_own(tokens, tmp_path, c
     args = json.loads(Path("r/args.json").read_text())
     assert [weight for _, weight in args["sources"]["data"]] == [0.75, 0.25] and "/c-" in args["sources"]["anneal"][0][0]
     state = torch.load(next(Path("r/state").glob("step_8*")), weights_only=True)["progress"]
-    assert state["annealing_since"] == 32 and state["sequences"] == 64
+    assert state["read"] == {"data": 32, "anneal": 32}
+    seen.clear()
+    assert call(train, capsys, monkeypatch, "--resume", "r", "--steps", 20, "--stop_after", 10)[0] == 0
+    assert not [path for path, _ in seen if "c-" in str(path) and path.name == "train.npy"]     # step 9 of 20 is before the decay
     for folder, _ in args["sources"]["data"][1:] + args["sources"]["anneal"]:
         assert Path(folder, "tokenizer.json").read_bytes() == (tokens / "tokenizer.json").read_bytes()
 
@@ -2549,7 +2572,8 @@ def test_bin_shards_are_read_as_others_write_them(header, tmp_path, capsys, monk
     ("--data {t}:0.5 {t}", ["some sources a weight and others none", "A:0.7 B:0.3"]), ("--data {t}:0 {t}:1", [":0", "above 0"]),
     ("--data {t}:1 {t}:0.0001", ["under a thousandth"]), ("--data {t} {t}", ["one folder of tokens", "A:0.7 B:0.3"]),
     ("--data nowhere:0.5", ["--data nowhere", "no such file"]), ("--data {t} --anneal_data nowhere --schedule wsd", ["--anneal_data nowhere"]),
-    ("--data {t} --anneal_data {t}", ["--anneal_data", "wsd", "cosine"]), ("--data {t}:0.5 {o}:0.5", ["all sources must share a tokenizer"]),
+    ("--data {t} --anneal_data {t}", ["--anneal_data", "wsd", "cosine"]),
+    ("--data {t} --anneal_data {t} --schedule wsd --decay 0", ["--anneal_data", "--decay 0"]), ("--data {t} --schedule wsd --warmup 0.6", ["--warmup 0.6", "--decay 0.5"]), ("--data {t}:0.5 {o}:0.5", ["all sources must share a tokenizer"]),
     ("--data {t} --optimizer sgd", ["--optimizer is 'sgd'", "muon or adamw"]), ("--data {t} --momentum 1", ["--momentum is 1"]),
     ("--data {t} --average_beta 1", ["--average_beta is 1"]), ("--data {t} --muon_learning_rate 0", ["--muon_learning_rate is 0"]),
     ("--data {t} --norm batch", ["norm is 'batch'", "rms or layer"]), ("--data {t} --sliding_window_pattern 2", ["sliding_window_pattern is 2"]),
@@ -2582,7 +2606,7 @@ def test_bench_prints_speed_utilization_parts_and_memory(capsys, monkeypatch):
     assert all(re.search(rf"{part} [\d.]+ ms", lines["parts"]) for part in ("data", "forward", "backward", "communication", "optimizer"))
     assert "planned: weights" in lines["memory"]
     assert refused(call(train, capsys, monkeypatch, "bench", "--rounds", 0), "--rounds is 0")
-    assert refused(call(train, capsys, monkeypatch, "bench", "--data", "x"), "--data", "random tokens")
+    assert refused(call(train, capsys, monkeypatch, "bench", "--data", "x"), "bench takes no --data", "random tokens")
     result = call(train, capsys, monkeypatch, "bench", "--peer", *SHAPE, "--rounds", 2)
     if importlib.util.find_spec("transformers") is None:
         assert refused(result, "pip install transformers")
@@ -2637,7 +2661,7 @@ def test_the_edge_of_stability_is_the_largest_rate_below_all_that_diverge():
 
 @pytest.mark.parametrize("code, output, losses, outcome", [
     (0, "", [2.0, 1.0], "finished"), (0, "", [2.0, 2.01], "finished"), (0, "", [2.0, 1.0, 2.1], "diverged at step 30"), (0, "", [2.0, 5.0, 6.0], "diverged at step 20"),
-    (0, "", [5.2, 5.1], "finished"), (0, "", [9.0, 5.7], "diverged at step 10"), (0, "", [2.0, float("nan")], "diverged at step 20"), (0, "", [9.0, 5.0, 3.0], "finished"),
+    (0, "", [5.2, 4.5], "finished"), (0, "", [9.0, 5.7], "diverged at step 10"), (0, "", [4.7, 4.605], "diverged at step 10"), (0, "", [2.0, float("nan")], "diverged at step 20"), (0, "", [9.0, 5.0, 3.0], "finished"),
     (1, "train.py: loss or gradient was not finite for 25 steps in a row, up to step 31; lower it", [2.0], "diverged at step 7"),
     (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB", [], "out of memory"), (-9, "", [], "out of memory"),
     (1, "KeyError: 'x'", [], "failed with exit code 1")])
@@ -2726,6 +2750,16 @@ def test_a_grid_that_cannot_be_gets_one_line_and_exit_code_2(arguments, words, t
     shape = FEW if "batch" not in arguments else [word for word in FEW if word not in ("--batch_tokens", "256")]
     assert refused(call(train, capsys, monkeypatch, command, "--data", tokens, "--out", tmp_path / "grid", *shape, *rest), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_differentiated_once_refuses_a_second_time():
+    """... and does not leave terms out: the tiles of attention, and the loss that takes its gradients early."""
+    q, k, v = torch.randn(3, 1, 2, 6, 4, requires_grad=True)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    for out, x in ((attention(q, k, v).sum(), q), (linear_cross_entropy(hidden, weight, torch.arange(5)), hidden)):
+        first, = torch.autograd.grad(out, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            first.square().sum().backward()
 
 
 def test_every_variant_is_a_command_of_train_py(tokens):

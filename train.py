@@ -83,7 +83,7 @@ class Settings:
     data: list = flag(list, None, "text files (.txt, .jsonl, .gz), a folder of tokens (train.npy and val.npy, or .bin "
                                   "shards), or several of either with weights, A:0.7 B:0.3; none: Python's own text")
     anneal_data: list = flag(list, None, "what wsd's decay phase reads instead, named like --data")
-    vocab_size: int = flag(int, 4096, "size of the tokenizer that is trained when --data is text")
+    vocab_size: int = flag(int, 4096, "size of the tokenizer that is trained when --data is text; of a folder that has none")
     preset: str = flag(str, None, "shape of the model, see `python model.py`; none: tiny on a CPU, mini on a GPU")
     sequence_length: int = flag(int, None, "tokens per sequence; none: the model's longest")
     init_from: str = flag(str, None, "start from the model in this folder, with its shape and tokenizer")
@@ -153,13 +153,13 @@ class Settings:
     wandb: bool = flag(bool, None, "log to Weights & Biases too, if it is installed")
 
 
-# A resumed run may change these freely: how long, where and how often, not what it is.
-FREE = set("steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
+# A resumed run may change these freely: how long, where and how often (and where its data lies now), not what it is.
+FREE = set("data anneal_data steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
            "stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel recompute".split())
 # What a flag may change of a preset: fields of model.py's Config. Dropout is one too, but a matter of training.
 SHAPE = [f.name for f in fields(Settings) if f.name in set(Config.__dataclass_fields__) - {"vocab_size", "dropout"}]
 # Changing one of these makes it another run.
-FIXED = {*SHAPE, *"data anneal_data vocab_size preset sequence_length init_from batch_tokens batch_warmup optimizer".split(),
+FIXED = {*SHAPE, *"vocab_size preset sequence_length init_from batch_tokens batch_warmup optimizer".split(),
          *"average_beta document_mask seed".split()}
 
 
@@ -389,6 +389,13 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
 
+def has_tokens(folder) -> bool:
+    """Whether a folder has files to train on and to validate on."""
+    with suppress(ValueError):
+        return bool(token_files(folder))
+    return False
+
+
 class Mixture:
     """Several datasets, each with its share of the sequences: a stream of its own, made of theirs.
 
@@ -453,8 +460,8 @@ def token_files(folder) -> tuple[list[Path], list[Path]]:
     for split in ("train", "val"):
         npy, shards = Path(folder, f"{split}.npy"), sorted(Path(folder).glob(f"*{split}*.bin"))
         if not npy.exists() and not shards:
-            raise ValueError(f"--data {folder}: there is no {split}.npy (nor *{split}*.bin); make it with `python bpe.py encode`, "
-                             "or give text files")
+            raise ValueError(f"{folder} is no folder of tokens: there is no {split}.npy (nor *{split}*.bin); make it with `python bpe.py "
+                             "encode`, or give text files")
         found.append([npy] if npy.exists() else shards)
     return found[0], found[1]
 
@@ -519,19 +526,19 @@ def weighted(sources: list[str] | None, flag: str) -> list[tuple[list[str], floa
 def prepare(settings: Settings) -> dict[str, list]:
     """The folders of tokens to train on and, under "anneal", those for the end: [folder, weight] each. Texts are tokenized
     first, by the tokenizer of the first source, for all must share one."""
-    sources, tokenizer = {}, None
-    for name, flag in (("data", settings.data), ("anneal", settings.anneal_data)):
-        sources[name] = []
-        for paths, weight in weighted(flag, "data" if name == "data" else "anneal_data") if name == "data" or flag else []:
-            folder = Path(paths[0]) if paths and os.path.isdir(paths[0]) else tokenize(paths, settings, tokenizer)
-            token_files(folder)
-            own = folder / "tokenizer.json"
-            if sources["data"] and own.exists() != bool(tokenizer) or tokenizer and own != tokenizer and (
-                    Tokenizer.load(own).vocab != Tokenizer.load(tokenizer).vocab):
-                raise ValueError(f"{folder} was tokenized otherwise than {sources['data'][0][0]}; all sources must share a tokenizer")
-            if not sources["data"] and own.exists():
-                tokenizer = own
-            sources[name].append([str(folder.resolve()), weight])
+    wanted = {"data": weighted(settings.data, "data"),
+              "anneal": weighted(settings.anneal_data, "anneal_data") if settings.anneal_data else []}
+    sources, tokenizer, first = {"data": [], "anneal": []}, None, None
+    for kind, paths, weight in ((kind, *source) for kind, of_kind in wanted.items() for source in of_kind):
+        folder = Path(paths[0]) if paths and os.path.isdir(paths[0]) else tokenize(paths, settings, tokenizer)
+        token_files(folder)                                              # both there, or an error
+        own = folder / "tokenizer.json" if (folder / "tokenizer.json").exists() else None
+        if first is None:
+            first, tokenizer = folder, own
+        alike = own == tokenizer or own and tokenizer and Tokenizer.load(own).vocab == Tokenizer.load(tokenizer).vocab
+        if not alike:
+            raise ValueError(f"{folder} was tokenized otherwise than {first}; all sources must share a tokenizer")
+        sources[kind].append([str(folder.resolve()), weight])
     return sources
 
 
@@ -552,7 +559,7 @@ def tokenize(sources: list[str], settings: Settings, tokenizer_from: Path | None
     stamp = hashlib.sha256(repr([(os.path.abspath(s), os.path.getsize(s), os.path.getmtime(s)) for s in sources]).encode())
     name = f"{Path(sources[0]).name.split('.')[0]}-{stamp.hexdigest()[:8]}" if sources else "local"
     if tokenizer_from:
-        name += "-" + tokenizer_from.parent.name
+        name += "-" + hashlib.sha256(tokenizer_from.read_bytes()).hexdigest()[:8]
     elif settings.vocab_size != Settings.vocab_size:
         name += f"-{settings.vocab_size}"
     folder = Path("corpus", name)
@@ -656,6 +663,8 @@ def pick_device(settings: Settings, ranks: "Ranks") -> torch.device:
     kind = device_kind(settings)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device is mps, and this machine has none; take cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and this machine has none that torch can use; take cpu")
     if kind == "cuda":
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
@@ -773,8 +782,6 @@ def load_checkpoint(folder, parts: dict[str, dict[str, Part]] = {}, device="cpu"
         for name, part in of_kind.items():
             found, shape = pieces(kind, name, part)
             for key, value in found[0]["tensors"].items():               # a number for all, or one for each number of the parameter
-                if kind == "weights" and key not in part.tensors:        # an average that is no longer asked for
-                    continue
                 value = value if value.dim() == 0 else take(name, part, found, shape, [piece["tensors"][key] for piece in found])
                 if key in part.tensors:
                     part.tensors[key].copy_(value)
@@ -812,15 +819,19 @@ def evaluate(model: Transformer, data: TokenDataset, bytes_of: Tensor | None, ba
     mine, rounds = chosen[rank::count], -(-sequences // count)            # ranks that share weights make equally many passes
     total = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     model.eval()
-    for i in tqdm(range(0, rounds, batch_size), desc="validation", leave=False, disable=None if not ranks or ranks.rank == 0 else True):
-        part = mine[i:i + batch_size]
-        tokens, targets = data.sequences(part if len(part) else chosen[:1])
-        size = bytes_of[targets].sum().item() if bytes_of is not None else 0
-        with autocast():
-            loss = model(tokens.to(device), targets.to(device), document_ids=document_ids(tokens.to(device), document_end))
-        if len(part):
-            total += torch.stack([loss.to(total) * targets.numel(), total.new_tensor(targets.numel()), total.new_tensor(size)])
-    model.train()
+    try:
+        for i in tqdm(range(0, rounds, batch_size), desc="validation", leave=False,
+                      disable=None if not ranks or ranks.rank == 0 else True):
+            part = mine[i:i + batch_size]
+            tokens, targets = data.sequences(part if len(part) else chosen[:1])
+            size = bytes_of[targets].sum().item() if bytes_of is not None else 0
+            tokens, targets = tokens.to(device), targets.to(device)
+            with autocast():
+                loss = model(tokens, targets, document_ids=document_ids(tokens, document_end))
+            if len(part):
+                total += torch.stack([loss.to(total) * targets.numel(), total.new_tensor(targets.numel()), total.new_tensor(size)])
+    finally:
+        model.train()
     if count > 1:
         dist.all_reduce(total, group=ranks.data)
     nats, tokens, size = total.tolist()
@@ -921,6 +932,8 @@ class Setup:
 
 def assemble(s: Settings, model: Transformer, device: torch.device, ranks: Ranks, bfloat16: bool) -> Setup:
     """Lay the model out over the ranks (see ddp.py), and give its parameters to their optimizers."""
+    if s.compile:                                                        # before torch.compile chooses a place in /tmp, which forgets
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "flatlm"))
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
     orthogonal = hidden_matrices(model) if s.optimizer == "muon" else set()
     divided = tensor_parallel(model, ranks.tensor, device) if s.tensor_parallel > 1 else {}
@@ -997,9 +1010,11 @@ def averaged(setup: Setup):
         own = {p: p.detach().clone() for p in setup.average}
         for p, average in setup.average.items():
             p.copy_(average)
-        yield
-        for p, tensor in own.items():
-            p.copy_(tensor)
+        try:
+            yield
+        finally:
+            for p, tensor in own.items():
+                p.copy_(tensor)
 
 
 def whole_weights(setup: Setup) -> dict[str, Tensor]:
@@ -1170,10 +1185,12 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
             raise ValueError(f"--{name} {getattr(s, name)} contradicts --init_from {s.init_from}, whose model has a shape already")
     s.optimizer = s.optimizer or ("muon" if s.tensor_parallel == 1 else "adamw")
     if s.tensor_parallel > 1 and s.optimizer == "muon":
-        raise ValueError(f"--optimizer muon needs whole matrices, which --tensor_parallel {s.tensor_parallel} divides; take "
-                         "--optimizer adamw")
-    if s.anneal_data and s.schedule != "wsd":
-        raise ValueError(f"--anneal_data belongs to the decay phase of --schedule wsd, and the schedule is {s.schedule}")
+        raise ValueError(f"--optimizer muon needs whole matrices, which --tensor_parallel {s.tensor_parallel} divides; "
+                         + ("resume this run without" if s.resume else "take --optimizer adamw"))
+    if s.anneal_data and (s.schedule != "wsd" or s.decay == 0):
+        raise ValueError(f"--anneal_data belongs to the decay phase of --schedule wsd; the schedule is {s.schedule}, --decay {s.decay:g}")
+    if s.schedule == "wsd" and s.warmup + s.decay > 1:
+        raise ValueError(f"--warmup {s.warmup:g} and --decay {s.decay:g} are more than all of the budget; lower one")
     if s.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "icpx"))):
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or leave it out")
     if sum(budget is not None for budget in (s.steps, s.tokens, s.max_seconds)) > 1:
@@ -1194,6 +1211,8 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name in (*shares, *betas, "weight_decay", "z_loss", "seed"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must not be negative")
+    if s.seed >= 2 ** 63:
+        raise ValueError(f"--seed is {s.seed}; it must be below 2^63")
     for name in (*shares, *betas):
         if getattr(s, name) > 1 or getattr(s, name) == 1 and name in betas:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
@@ -1216,15 +1235,19 @@ def config_of(s: Settings, tokenizer: Tokenizer | None) -> Config:
         derived["max_position_embeddings"] = s.sequence_length
     if tokenizer is not None:
         derived |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    elif s.vocab_size != Settings.vocab_size:
+        derived["vocab_size"] = s.vocab_size
     return replace(preset(s.preset), **{**derived, **given})
 
 
-def make_model(s: Settings, tokenizer: Tokenizer | None) -> Transformer:
-    """A fresh model, or the one of --init_from."""
+def make_model(s: Settings, tokenizer: Tokenizer | None, saved: dict | None = None) -> Transformer:
+    """A fresh model, the one of --init_from, or one of the shape that args.json of the run to resume has `saved`."""
+    if saved is not None:                                                # presets may have changed; the weights come from the state
+        return Transformer(replace(Config(**saved["config"]), dropout=s.dropout or 0.0))
     if not s.init_from:
         torch.manual_seed(s.seed)
         return Transformer(config_of(s, tokenizer))
-    model = load_pretrained(s.resume or s.init_from).float()
+    model = load_pretrained(s.init_from).float()
     theirs = Path(s.init_from, "tokenizer.json")
     if tokenizer is not None and theirs.exists() and Tokenizer.load(theirs).vocab != tokenizer.vocab:
         raise ValueError(f"the data was tokenized with another vocabulary than that of {s.init_from}; "
@@ -1232,11 +1255,9 @@ def make_model(s: Settings, tokenizer: Tokenizer | None) -> Transformer:
     longest = model.config.max_position_embeddings
     if (s.sequence_length or 0) > longest:
         raise ValueError(f"--sequence_length {s.sequence_length} exceeds the {longest} positions of {s.init_from}")
-    if s.dropout:
-        whole = Transformer(replace(model.config, dropout=s.dropout))
-        whole.load_state_dict(model.state_dict())
-        return whole
-    return model
+    whole = Transformer(replace(model.config, dropout=s.dropout or 0.0))
+    whole.load_state_dict(model.state_dict())
+    return whole
 
 
 def split_batch(settings: Settings, sequence_length: int, ranks: int, largest: int) -> tuple[int, int]:
@@ -1265,9 +1286,18 @@ def default_rates(s: Settings, config: Config):
     s.muon_learning_rate = s.muon_learning_rate or 0.005 * config.hidden_size * s.learning_rate
 
 
+def sequences_in(s: Settings, steps: int, batch: int) -> int:
+    """Sequences that so many steps read."""
+    growing = math.ceil(s.batch_warmup * steps)
+    return sum(batch_now(batch, i, s.batch_warmup * steps) for i in range(growing)) + (steps - growing) * batch
+
+
 def steps_for(s: Settings, batch: int, length: int) -> int:
-    """Steps that make up --tokens; those of the batch's warm-up are 1/8, 1/4 and 1/2 of a whole one, a third of them each."""
-    return math.ceil(s.tokens / (batch * length * (1 - s.batch_warmup * 17 / 24)))
+    """The fewest steps that make up --tokens. Those of the batch's warm-up are 1/8, 1/4 and 1/2 of a whole one, 7/24 on average."""
+    steps = max(1, int(s.tokens / (batch * length * (1 - s.batch_warmup * 17 / 24))) - 8)
+    while sequences_in(s, steps, batch) * length < s.tokens:
+        steps += 1
+    return steps
 
 
 def batch_now(batch: int, position: float, warmup: float) -> int:
@@ -1276,14 +1306,14 @@ def batch_now(batch: int, position: float, warmup: float) -> int:
     return batch if position >= warmup else batch >> 3 - int(3 * position / warmup)
 
 
-def compile_ahead(s: Settings, setup: Setup, stream: Mixture, micro: int) -> float:
-    """Have torch.compile do its work before the clock runs: one pass, whose gradients are dropped. Returns its seconds."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "flatlm"))   # /tmp forgets
+def compile_ahead(s: Settings, setup: Setup, stream: Mixture, share: int, micro: int) -> float:
+    """Have torch.compile do its work before the clock runs: a pass of each size, whose gradients are dropped. Returns seconds."""
     start = time.perf_counter()
-    tokens, targets = next(micro_batches(stream, 0, micro, micro, setup.device))
-    with setup.autocast():
-        loss = loss_of(s, setup, tokens, targets)
-    loss.backward()
+    for size in sorted({min(micro, max(1, share >> k)) for k in (range(4) if s.batch_warmup else (0,))}, reverse=True):
+        tokens, targets = next(micro_batches(stream, 0, size, size, setup.device))
+        with setup.autocast():
+            loss = loss_of(s, setup, tokens, targets)
+        loss.backward()
     if setup.parallel is not setup.model:
         setup.parallel.finish_gradient_synchronization()
     for optimizer, _ in setup.optimizers:
@@ -1303,13 +1333,20 @@ def start_profiler(folder: Path, device: torch.device, rank: int):
             torch.cuda.memory._dump_snapshot(str(folder / f"memory.rank_{rank}.pickle"))   # for pytorch.org/memory_viz
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(skip_first=5, wait=0, warmup=2, active=3, repeat=1),
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(skip_first=1, wait=0, warmup=1, active=3, repeat=1),
                                       on_trace_ready=write)
     profiler.start()
     return profiler
 
 
-def open_run(s: Settings, saved: dict | None, sources: dict, fingerprint: str, device: torch.device) -> tuple[Path, dict, float]:
+def stop_profiler(profiler, folder: str):
+    """End profiling, wherever it stands; a trace that is cut short is written too."""
+    profiler.stop()
+    if not list(Path(folder).glob("trace.*")):
+        print(f"--profile {folder}: nothing was written; it takes the third to the fifth step, and there were fewer than three")
+
+
+def open_run(s: Settings, saved: dict | None, config: Config, sources: dict, fingerprint: str, device) -> tuple[Path, dict, float]:
     """The run folder, what its args.json shall say, and the FLOP/s to measure utilization against. Made on rank 0 for all."""
     if saved is not None:
         out = Path(s.resume)
@@ -1322,7 +1359,7 @@ def open_run(s: Settings, saved: dict | None, sources: dict, fingerprint: str, d
             raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     dtype, peak = faster_dtype(s, device)
-    return out, {**asdict(s), "dtype": dtype, "sources": sources, "data_fingerprint": fingerprint}, peak
+    return out, {**asdict(s), "dtype": dtype, "config": asdict(config), "sources": sources, "data_fingerprint": fingerprint}, peak
 
 
 def cut_log(out: Path, step: int):
@@ -1403,12 +1440,13 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     say = print if first else lambda *words, **more: None
 
     # --- data and model
-    at_hand = saved is not None and all(os.path.isdir(folder) for of_kind in saved["sources"].values() for folder, _ in of_kind)
+    at_hand = saved is not None and saved["data"] == s.data and saved["anneal_data"] == s.anneal_data and all(
+        map(has_tokens, (folder for of_kind in saved["sources"].values() for folder, _ in of_kind)))
     sources = saved["sources"] if at_hand else ranks.from_first(lambda: prepare(s))   # a run outlives the text it came from
     tokenizer_file = Path(sources["data"][0][0], "tokenizer.json")
     tokenizer = Tokenizer.load(tokenizer_file) if tokenizer_file.exists() else None
     tokenizer_json = tokenizer_file.read_bytes() if tokenizer else None  # the run's own from now on, whatever becomes of corpus/
-    model = make_model(s, tokenizer)
+    model = make_model(s, tokenizer, saved)
     config, length = model.config, s.sequence_length or model.config.max_position_embeddings
     if s.document_mask and not isinstance(config.eos_token_id, int):
         raise ValueError("--document_mask needs a token that ends a document, and the data's tokenizer has none (or there is no tokenizer)")
@@ -1420,20 +1458,20 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         largest, file = dataset.largest()
         if largest >= config.vocab_size:
             raise ValueError(f"{file} holds the token {largest}, beyond the model's vocabulary of {config.vocab_size}; "
-                             "was it made with another tokenizer?")
+                             "was it made with another tokenizer? (Without a tokenizer.json beside it, --vocab_size says how many there are.)")
     default_rates(s, config)
     if s.steps is None and s.tokens is None and s.max_seconds is None:
         s.tokens = 4.0 * sum(dataset.num_tokens for dataset in streams["data"].datasets)   # more epochs teach little (arXiv 2305.16264)
     batch, micro = split_batch(s, length, ranks.data_count, 32 if device.type == "cuda" else 8)
     by_clock = s.max_seconds is not None
     fingerprint = "|".join(stream.fingerprint() for stream in streams.values())
-    out, args, peak = ranks.from_first(lambda: open_run(s, saved, sources, fingerprint, device))
+    out, args, peak = ranks.from_first(lambda: open_run(s, saved, config, sources, fingerprint, device))
     bfloat16 = args["dtype"] == "bfloat16"
     setup = assemble(s, model, device, ranks, bfloat16)
     total = s.max_seconds if by_clock else s.steps or steps_for(s, batch, length)
 
     # --- the run folder, new or resumed
-    step, progress = 0, {"seconds": 0.0, "skipped": 0, "sequences": 0, "annealing_since": None}
+    step, progress = 0, {"seconds": 0.0, "skipped": 0, "read": dict.fromkeys(streams, 0)}
     if saved is not None:
         content = load_checkpoint(out, parts_of(setup, to_save=False), device)
         step, progress = content["step"], content["progress"]
@@ -1454,23 +1492,23 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         f"pass(es) x {micro}\n"
         + (f"ranks    {ranks.count}: {s.parallel} over {ranks.data_count}, matrices divided over {s.tensor_parallel}\n" if ranks.count > 1 else "") +
         f"machine  {device.type}, {args['dtype']}, {peak / 1e12:.3g} TFLOP/s at best\n"
-        f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(total * batch * length)} tokens")
+        f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(sequences_in(s, total, batch) * length)} tokens")
         + f", from step {step}; run folder {out}", flush=True)
 
     if s.compile:
-        seconds = compile_ahead(s, setup, streams["data"], micro)
+        seconds = compile_ahead(s, setup, streams["data"], batch // ranks.data_count, micro)
         say(f"compile  {seconds:.1f} seconds, kept for the next time in {os.environ['TORCHINDUCTOR_CACHE_DIR']}", flush=True)
 
     # --- one step after the other
     clock_start = time.perf_counter() - progress["seconds"]
     clock = lambda: time.perf_counter() - clock_start                    # seconds of training, those before a resume too
     position, step_before = progress["seconds"] if by_clock else step, step      # how much of `total` is used up
-    sequences, annealing_since = progress["sequences"], progress["annealing_since"]
+    read = progress["read"]                                              # sequences of each stream
     bar = tqdm(total=math.ceil(total), initial=int(position), disable=not first,
                mininterval=0.2 if sys.stderr.isatty() else 15, unit="s" if by_clock else "steps",
                bar_format="{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]")
     wandb = start_wandb(args, out) if s.wandb and first else None
-    meter = Meter(out, s, bar, wandb, clock, device, sequences * length, flops_per_token(config, length), peak * ranks.count)
+    meter = Meter(out, s, bar, wandb, clock, device, sum(read.values()) * length, flops_per_token(config, length), peak * ranks.count)
     skipped = torch.tensor([progress["skipped"], 0], device=device)      # steps that were not finite: all, and the latest in a row
     profiler = start_profiler(Path(s.profile), device, ranks.rank) if s.profile else None
     interrupt = Interrupt()
@@ -1490,8 +1528,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
 
         try:
             files = ranks.everywhere(lambda: save_checkpoint(
-                out, parts_of(setup, to_save=True), step, ranks.rank, seconds=clock(), skipped=int(skipped[0]), sequences=sequences,
-                annealing_since=annealing_since) if writes else None)
+                out, parts_of(setup, to_save=True), step, ranks.rank, seconds=clock(), skipped=int(skipped[0]),
+                read=read) if writes else None)
             ranks.from_first(lambda: finish([name for name in files if name]))
         except OSError as error:
             if writes and not any(f"step_{step}." in name for name in saved_files(out)):
@@ -1530,18 +1568,18 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
             factor = learning_rate(middle, total, 1.0, s.warmup * total, s.final_learning_rate, s.schedule, s.decay * total)
             now = batch_now(batch, position, s.batch_warmup * total)
             share = now // ranks.data_count                              # sequences of a batch that this rank sees
-            if "anneal" in streams and annealing_since is None and position >= total - s.decay * total:
-                annealing_since = sequences
-            stream, start = (streams["data"], sequences) if annealing_since is None else (streams["anneal"], sequences - annealing_since)
-            batches = micro_batches(stream, start + ranks.data_rank * share, share, micro, device)
+            kind = "anneal" if "anneal" in streams and position >= total - s.decay * total else "data"
+            batches = micro_batches(streams[kind], read[kind] + ranks.data_rank * share, share, micro, device)
             loss, norm, bad = training_step(s, setup, batches, share, factor, step)
             skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
-            step, sequences = step + 1, sequences + now
-            meter.put(step, sequences * length, factor * s.learning_rate, loss, norm, skipped)
+            step, read[kind] = step + 1, read[kind] + now
+            meter.put(step, sum(read.values()) * length, factor * s.learning_rate, loss, norm, skipped)
             if profiler:
                 profiler.step()
 
         meter.catch_up()
+        if profiler:
+            stop_profiler(profiler, s.profile)
         if position >= total:
             validate(None)
         save()
@@ -1612,7 +1650,8 @@ def bench(argv: list[str]):
     rounds, peer = given.pop("rounds"), given.pop("peer")
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1")
-    refuse_flags(given, dict.fromkeys(("data", "anneal_data", "init_from", "resume", "out"), "bench trains a fresh model on random tokens"))
+    for name in {"data", "anneal_data", "init_from", "resume", "out"} & set(given):
+        raise ValueError(f"bench takes no --{name}: it trains a fresh model on random tokens")
     ranks = Ranks()
     settings = Settings(**given)
     device = pick_device(settings, ranks)
@@ -1620,13 +1659,13 @@ def bench(argv: list[str]):
     ranks.start(device, s.parallel != "ddp", s.tensor_parallel)
     say = print if ranks.rank == 0 else lambda *words, **more: None
     start_memory = peak_memory(device)
-    config = config_of(s, None)
+    config = replace(config_of(s, None), eos_token_id=0)                 # one token in V ends a document, for --document_mask
     length = s.sequence_length or config.max_position_embeddings
     default_rates(s, config)
     batch, micro = split_batch(s, length, ranks.data_count, 32 if device.type == "cuda" else 8)
     share = batch // ranks.data_count
     dtype, _ = ranks.from_first(lambda: faster_dtype(s, device))
-    model = make_model(s, None)
+    model = Transformer(config)
     orthogonal = hidden_matrices(model)
     setup = assemble(s, model, device, ranks, dtype == "bfloat16")
     generator = torch.Generator().manual_seed(ranks.data_rank)
@@ -1646,7 +1685,7 @@ def bench(argv: list[str]):
         training_step(s, setup, micro_batches(stream, 0, share, micro, device), share, 1.0, number, span)
 
     if s.compile:
-        say(f"compile   {compile_ahead(s, setup, stream, micro):.1f} seconds")
+        say(f"compile   {compile_ahead(s, setup, stream, share, micro):.1f} seconds")
     profiler = start_profiler(Path(s.profile), device, ranks.rank) if s.profile else None
     seconds, parts, ratios = [], Stopwatch(device), []
     for number in tqdm(range(-3, rounds), desc="steps", leave=False, disable=None if ranks.rank == 0 else True):
@@ -1654,6 +1693,8 @@ def bench(argv: list[str]):
         other = timed(lambda: theirs(micro_batches(stream, 0, share, micro, device), share)) if theirs else None
         if profiler:
             profiler.step()
+        if profiler and number == rounds - 1:
+            stop_profiler(profiler, s.profile)
         if number < 0:                                                   # the first steps make what later ones find
             continue
         seconds.append(ours)
@@ -1663,7 +1704,7 @@ def bench(argv: list[str]):
         step(number, parts)
     milliseconds, tried = 1000 * np.array(seconds), min(rounds, 5)
     speed = batch * length / float(np.median(seconds))
-    flops, number = flops_per_token(config, length) * speed, lambda n: f"{n / 1e12:,.3g} TFLOP/s"
+    flops, rate = flops_per_token(config, length) * speed, lambda n: f"{n / 1e12:,.3g} TFLOP/s"
     sheet = data_sheet_flops(device, getattr(torch, dtype))
     ceiling = measured_flops(device, getattr(torch, dtype)) * ranks.count
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
@@ -1679,8 +1720,8 @@ def bench(argv: list[str]):
                  + s.optimizer,
         "speed": f"{speed:,.0f} tokens/s, {np.median(milliseconds):.1f} ms a step (median of {rounds}, {milliseconds.min():.1f} to "
                  f"{milliseconds.max():.1f})",
-        "MFU": (f"{flops / (sheet * ranks.count):.1%} of the data sheet's {number(sheet * ranks.count)}, " if sheet else "")
-               + f"{flops / ceiling:.1%} of the {number(ceiling)} that products of large matrices reach here",
+        "MFU": (f"{flops / (sheet * ranks.count):.1%} of the data sheet's {rate(sheet * ranks.count)}, " if sheet else "")
+               + f"{flops / ceiling:.1%} of the {rate(ceiling)} that products of large matrices reach here",
         "parts": ", ".join(f"{name} {1000 * total / tried:.1f} ms" for name, total in parts.seconds.items()) + " (each waited for)",
         "memory": f"{human(memory)}B at the peak beyond the start's" + (planned if ranks.count == 1 and not peer else " on the first rank")}
     if theirs:
@@ -1785,7 +1826,8 @@ def start_run(folder: Path, flags: dict) -> int:
     folder.mkdir(exist_ok=True)
     with open(folder / "output.txt", "a") as file:
         print("$ python train.py", shlex.join(words), file=file, flush=True)
-        child = subprocess.Popen([sys.executable, "-u", __file__, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        child = subprocess.Popen([sys.executable, "-u", __file__, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                 env={**os.environ, "FLATLM_GRID": "1"})             # the run need not speak at its end
         try:
             code = child.wait()
         except KeyboardInterrupt:
@@ -1799,8 +1841,7 @@ def start_run(folder: Path, flags: dict) -> int:
 
 def judge(folder: Path, code: int, vocab_size: int) -> dict:
     """What became of a run that ended with `code`. It diverged if it stopped as not finite, or ends with a validation loss 1 %
-    above its first (which sees fewer tokens) or a nat above a uniform guess (a fresh model is half a nat above). ValueError
-    for a mistake of the user's."""
+    above its first (which sees fewer tokens) or no better than a uniform guess. ValueError for a mistake of the user's."""
     output = (folder / "output.txt").read_text(errors="replace").rpartition("$ python train.py ")[2].strip()
     message = re.split(r"[\r\n]+", output)[-1]
     if code == 2:
@@ -1808,7 +1849,7 @@ def judge(folder: Path, code: int, vocab_size: int) -> dict:
     outcome = "finished"
     if code == 0:
         evaluated = [record for record in read_log(folder) if record["val_loss"] is not None]
-        limit = min(math.log(vocab_size) + 1, 1.01 * evaluated[0]["val_loss"])
+        limit = min(math.log(vocab_size) - 0.01, 1.01 * evaluated[0]["val_loss"])
         high = [record["step"] for record in evaluated if not record["val_loss"] <= limit]       # NaN is
         if evaluated[-1]["step"] in high:
             outcome = f"diverged at step {high[0]}"
@@ -1837,7 +1878,8 @@ def run_grid(command: str, given: dict, runs: dict[str, dict], keep: bool, show)
     beside. Unless `keep`, a run's weights and state are deleted when its outcome is known."""
     out, common = Path(given["out"]), {name: value for name, value in given.items() if name != "out"}
     shapes = {name: plan({**common, **flags})[1] for name, flags in runs.items()}
-    open_grid(out, {"command": command, **{f"--{name}": value for name, value in common.items()}, "data": plan(common)[3]}, runs)
+    open_grid(out, {"command": command, **{f"--{name}": value for name, value in common.items()}, "data": plan(common)[3],
+                    "shape": asdict(plan(common)[1])}, runs)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)                # raises KeyboardInterrupt, wherever we are
     results, bar = {}, tqdm(runs.items(), unit="run", mininterval=0.2 if sys.stderr.isatty() else 15)
@@ -1848,9 +1890,9 @@ def run_grid(command: str, given: dict, runs: dict[str, dict], keep: bool, show)
                 outcome = judge(folder, start_run(folder, {**common, **flags}), shapes[name].vocab_size)
                 outcome["parameters"] = num_parameters(shapes[name])
                 write_atomically(folder / "outcome.json", json.dumps(outcome, indent=2).encode())
-            if not keep:
-                shutil.rmtree(folder / "state", ignore_errors=True)
-                (folder / "model.safetensors").unlink(missing_ok=True)
+                if not keep:
+                    shutil.rmtree(folder / "state", ignore_errors=True)
+                    (folder / "model.safetensors").unlink(missing_ok=True)
             results[name] = read_result(folder)
             bar.set_postfix_str(f"{name}: {results[name].get('val_loss', results[name]['outcome'])}")
     print()
@@ -2005,7 +2047,8 @@ def chosen_variants(names: list[str] | None, texts: list[str] | None, given: dic
         variants[name] = given_flags(settings_parser(f"train.py ablate: variant {name}", ""), shlex.split(line))
         refuse_flags(variants[name], dict.fromkeys(("out", "resume", "stop_after", "seed", "steps", "tokens", "max_seconds"),
                                                    f"variant {name} cannot have its own"))
-    changes = lambda flags: Settings(**{**given, **flags}) != Settings(**given)
+    made = lambda flags: (lambda s, config, *_: (replace(s, **dict.fromkeys(SHAPE)), config))(*plan({**given, **flags}))
+    changes = lambda flags: made(flags) != made({})
     return {name: flags for name, flags in variants.items() if name == "base" or names or own or changes(flags)}
 
 
@@ -2031,8 +2074,13 @@ def ablate(argv: list[str]):
     if flops is None:
         flops = flops_per_token(config, length) * (2 ** 20 if device_kind(settings) == "cpu" else 2 ** 25)
     budgets = {name: {"max_seconds": seconds} for name in variants}
-    for name, flags in variants.items() if seconds is None else ():
-        settings, config, length, _ = plan({**given, **flags})
+    for name, flags in variants.items():
+        try:
+            settings, config, length, _ = plan({**given, **flags, **budgets[name]} if seconds else {**given, **flags})
+        except ValueError as error:
+            raise ValueError(f"variant {name}: {error}") from None
+        if seconds is not None:
+            continue
         one = flops_per_token(config, length) * settings.batch_tokens * (1 - settings.batch_warmup * 17 / 24)
         if not one <= flops < math.inf:
             raise ValueError(f"--flops is {flops:g}; it must be finite, and at least {one:.4g} for a single step of {name}")
@@ -2126,11 +2174,11 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     if not path.exists():
         raise ValueError(f"--resume {given['resume']}: there is no run here (no args.json)")
     saved = read_json(path)
-    missing = {"data", "preset", "seed", "data_fingerprint"} - set(saved)
+    missing = {"data", "preset", "seed", "config", "sources", "data_fingerprint"} - set(saved)
     if missing:
-        raise ValueError(f"{path} has no {sorted(missing)[0]}; it is not what train.py writes")
-    # settings that have come since then; and earlier versions had one folder of tokens, AdamW and a cosine alone
-    saved = {**asdict(Settings()), **{"optimizer": "adamw", "sources": {"data": [[saved.get("tokens_folder", ""), 1.0]], "anneal": []}}, **saved}
+        raise ValueError(f"{path} has no {sorted(missing)[0]}; it is not what this version of train.py writes, which cannot resume it: "
+                         f"--init_from {given['resume']} starts a new run from its weights")
+    saved = {**asdict(Settings()), **saved}                              # settings that have come since then
     for name in sorted(FIXED & set(given)):
         if given[name] != saved[name]:
             raise ValueError(f"--resume {given['resume']}: --{name} {given[name]} contradicts the run, whose {name} is "
@@ -2138,6 +2186,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     if "out" in given:
         raise ValueError("--resume writes to the run's own folder; leave --out out")
     budgets = ("steps", "tokens", "max_seconds")
+    if "learning_rate" in given:                                         # one dial for both
+        given.setdefault("muon_learning_rate", None)
     kept = {f.name: saved[f.name] for f in fields(Settings) if f.name not in ("stop_after", "out", "wandb")}
     if any(name in given for name in budgets):
         kept |= dict.fromkeys(budgets)                                   # a new budget replaces the old one
@@ -2171,7 +2221,7 @@ def main():
         settings, saved = parse(sys.argv[1:])
         out = train(settings, saved)
         gc.collect()                                                     # a process group that lives on at exit can end in an abort
-        if out and rank == 0 and settings.data is None:
+        if out and rank == 0 and settings.data is None and "FLATLM_GRID" not in os.environ:
             prompts = ("import os\n", "def __init__(self", "class Error(Exception):")
             run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
                 "--temperature", 0.7, "--seed", 1)

@@ -2,7 +2,7 @@
 The tests, in the order of the pipeline: each one behaviour, its name the sentence, its expected value from elsewhere (a
 formula worked by hand, a slow reference written here, a published number, another library).
 
-    python test_all.py            # the same as python -m pytest test_all.py; about four minutes on two cores
+    python test_all.py            # the same as python -m pytest test_all.py; about five minutes on two cores
 
 Tests against other libraries (transformers, tokenizers, tiktoken, safetensors) and against data in ../shared/data skip
 where those are missing. Everything is written to temporary folders.

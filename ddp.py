@@ -1515,6 +1515,8 @@ def shape_from_config(values: dict) -> Shape:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if values.get(key):
             raise ValueError(f"{key} is {values[key]}, and models with experts cannot be planned")
+    if values.get("model_type") == "gpt2":
+        raise ValueError("model_type is gpt2, and only models with swiglu can be planned")
     if values.get("feed_forward", "swiglu") != "swiglu":
         raise ValueError(f"feed_forward is {values['feed_forward']}, and only swiglu can be planned")
     given = {key: values[key] for key in Shape.__dataclass_fields__ if values.get(key) is not None}

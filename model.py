@@ -11,11 +11,12 @@ itself; a last matrix turns vectors into logits over the vocabulary:
 
 Norms are RMSNorm, positions are rotations (RoPE), the feed-forward network is SwiGLU, query heads may share key-value
 heads, and there are no biases. Each of these choices is a switch in `Config`, beside what others chose: LayerNorm, norms
-after or on both sides or none, tables of positions or none, other feed-forward networks, a mixture of experts, sliding
-windows in some layers, parallel residuals, capped logits. Parameters bear Hugging Face's names and a model on disk is a
-Hugging Face folder (config.json, model.safetensors), so there is nothing to convert: `AutoModelForCausalLM` opens what
-`save_pretrained` writes as long as a family there has the same switches on, and `load_pretrained` opens Llama, Mistral,
-Mixtral, Qwen 2, Qwen 3 and Qwen 3 MoE folders (in one file, with plain RoPE).
+after or on both sides or none, tables of positions or none, RoPE for a longer context, other feed-forward networks, a
+mixture of experts, biases, sliding windows in some layers, parallel residuals, capped logits. Parameters bear Hugging
+Face's names and a model on disk is a Hugging Face folder (config.json, model.safetensors), so there is nothing to convert:
+`AutoModelForCausalLM` opens what `save_pretrained` writes as long as a family there has the same switches on, and
+`load_pretrained` opens the folders of Llama, Mistral, Mixtral, Qwen 2, Qwen 3, Qwen 3 MoE and GPT-2, in one file or in
+shards.
 
     model = Transformer(PRESETS["tiny"])        # or load_pretrained("runs/...")
     loss = model(tokens, targets)               # (B, S) and (B, S) -> mean nats per token
@@ -57,9 +58,12 @@ class Config:
                                                  # rounded up to a multiple of 64, for SwiGLU; 4 times hidden_size for others
     max_position_embeddings: int = 1024          # the longest sequence
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None             # RoPE for a longer context than it was learned in (see scale_frequencies)
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False            # the head is the embedding, transposed
     qkv_bias: bool = False                       # biases on q, k and v, as Qwen 2 has them
+    o_bias: bool = False                         # on the projection of what attention gathers, as in GPT-2
+    mlp_bias: bool = False                       # and on all of the feed-forward network, as in GPT-2
     qk_norm: bool = False                        # RMSNorm over each query and key head, as Qwen 3 has it
     sliding_window: int | None = None            # attend to this many latest positions, oneself counted; None: to all
     sliding_window_pattern: int | None = None    # every so manieth layer attends to all of them even so, as in Gemma 3
@@ -100,7 +104,12 @@ class Config:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")
         given = lambda name: getattr(self, name) is not None
+        scaling = wrong_scaling(self.rope_scaling) if given("rope_scaling") else None
+        if given("rope_scaling") and self.position != "rope":
+            scaling = f" with position {self.position}; only rope is scaled"
         refused = {       # the first that holds is told, with the field's value
+            "rope_theta": (not self.rope_theta > 0, "; it must be above 0"),
+            "rope_scaling": (scaling is not None, scaling),
             "sliding_window": (given("sliding_window") and self.sliding_window < 1, "; it must be at least 1"),
             "sliding_window_pattern": (given("sliding_window_pattern") and (self.sliding_window_pattern < 2 or not given(
                 "sliding_window")), "; it must be at least 2" if given("sliding_window") else " without a sliding_window; give both"),
@@ -116,6 +125,7 @@ class Config:
                                         f"; it must be from 1 to num_local_experts, {self.num_local_experts}"),
                 "router_aux_loss_coef": (not self.router_aux_loss_coef >= 0, "; it must be at least 0"),
                 "feed_forward": (self.feed_forward != "swiglu", " with num_local_experts; experts are swiglu"),
+                "mlp_bias": (self.mlp_bias, " with num_local_experts; experts have no biases"),
                 # grouped_mm reads 16 bytes at a time: 8 numbers of bfloat16
                 "hidden_size": (self.hidden_size % 8, "; with num_local_experts it must be a multiple of 8"),
                 "intermediate_size": (self.intermediate_size % 8, "; with num_local_experts it must be a multiple of 8")}
@@ -131,6 +141,26 @@ class Config:
 
 CHOICES = {"norm": ("rms", "layer"), "norm_place": ("pre", "post", "both", "none"), "initializer": ("fan_in", "glorot"),
            "position": ("rope", "learned", "sinusoidal", "none"), "feed_forward": ("swiglu", "gelu", "silu", "relu2")}
+ROPE_SCALINGS = {"linear": ("factor",),           # what each needs, beside its name as rope_type
+                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def wrong_scaling(scaling: dict) -> str | None:
+    """What is wrong with a rope_scaling, to be read behind its value; None if nothing is."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_SCALINGS:
+        return f"; its rope_type must be {' or '.join(ROPE_SCALINGS)}"
+    for key in ROPE_SCALINGS[kind]:
+        value = scaling.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            return f"; with rope_type {kind} it needs a {key} above 0"
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        return "; its high_freq_factor must be above its low_freq_factor"
+    return None
+
+
+GPT2_SWITCHES = {"norm": "layer", "position": "learned", "feed_forward": "gelu",      # what makes this model a GPT-2
+                 "qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 
 def _presets() -> dict[str, Config]:
@@ -147,11 +177,9 @@ def _presets() -> dict[str, Config]:
             ("small", 12, 12, 768, 3072), ("medium", 24, 16, 1024, 4096), ("large", 36, 20, 1280, 5120),
             ("xl", 48, 25, 1600, 6400), ("2.7b", 32, 32, 2560, 10240), ("10b", 50, 36, 4608, 12288)):
         presets["cs336-" + name] = shape(layers, heads, hidden, inner, 10_000, 1024)
-    # GPT-2's widths and depths (Radford et al. 2019) in this architecture: 3 matrices of 8/3 hidden for 2 of 4 hidden
-    for name, layers, heads, hidden, inner in (
-            ("gpt2", 12, 12, 768, 2048), ("gpt2-medium", 24, 16, 1024, 2752),
-            ("gpt2-large", 36, 20, 1280, 3392), ("gpt2-xl", 48, 25, 1600, 4288)):
-        presets[name] = shape(layers, heads, hidden, inner, 50_257, 1024, tie_word_embeddings=True)
+    for name, layers, heads, hidden in (("gpt2", 12, 12, 768), ("gpt2-medium", 24, 16, 1024),
+                                        ("gpt2-large", 36, 20, 1280), ("gpt2-xl", 48, 25, 1600)):     # Radford et al. 2019
+        presets[name] = shape(layers, heads, hidden, 4 * hidden, 50_257, 1024, tie_word_embeddings=True, **GPT2_SWITCHES)
     presets |= {
         "llama2-7b": shape(32, 32, 4096, 11008, 32_000, 4096),
         "llama3.1-8b": shape(32, 32, 4096, 14336, 128_256, 8192, num_key_value_heads=8, rope_theta=500_000.0),
@@ -272,12 +300,31 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
 
-def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_tables(head_dim: int, length: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, head_dim // 2) in float32, of the angle position * theta^(-2i / head_dim)
-    (Su et al. 2021, arXiv 2104.09864). On the CPU whatever the default device, so that a model made on `meta` has them."""
+    (Su et al. 2021, arXiv 2104.09864), or what `scaling` makes of it (see `scale_frequencies`). On the CPU whatever the
+    default device, so that a model made on `meta` has them."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), 1 / theta ** exponents)
+    frequencies = 1 / theta ** exponents                                             # radians per position
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies)
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
+    """RoPE's frequencies for a context that is longer by `factor` than the one they were learned in.
+
+    `linear` divides them all, so that no angle is new (Chen et al. 2023, arXiv 2306.15595). `llama3` divides those that turn
+    less than low_freq_factor times within the original context, leaves alone those that turn more than high_freq_factor
+    times, since these tell near positions apart, and blends in between (Llama 3.1's code; the Llama Team 2024, arXiv
+    2407.21783)."""
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def sinusoidal_table(hidden_size: int, length: int) -> Tensor:
@@ -494,7 +541,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
@@ -524,9 +571,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ops, self.kind = ops, config.feed_forward
         if self.kind == "swiglu":
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
@@ -626,7 +673,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
-        cos, sin = rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        cos, sin = rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if config.position == "sinusoidal":
@@ -722,7 +769,8 @@ def num_parameters(config: Config, embeddings: bool = True, active: bool = False
     norm = c.hidden_size * (2 if c.norm == "layer" else 1)
     experts = (c.num_experts_per_tok if active else c.num_local_experts) if c.num_local_experts else 1
     layer = (c.hidden_size * (2 * q + 2 * kv) + experts * feed_forward_size(c) + c.hidden_size * (c.num_local_experts or 0)
-             + norms_per_layer(c) * norm + c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim)
+             + norms_per_layer(c) * norm + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
+             + c.mlp_bias * ((2 if c.feed_forward == "swiglu" else 1) * c.intermediate_size + c.hidden_size))
     tables = c.hidden_size * (c.vocab_size * (1 if c.tie_word_embeddings else 2)
                               + (c.position == "learned") * c.max_position_embeddings)
     final = norm if c.norm_place in ("pre", "both") else 0
@@ -823,9 +871,10 @@ def save_safetensors(tensors: dict[str, Tensor], path):
     write_atomically(path, struct.pack("<Q", len(text)), text, *(raw.numpy() for raw in data))
 
 
-def load_safetensors(path) -> dict[str, Tensor]:
+def load_safetensors(path, skip: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped and not read: pages come in when they are touched, and what is written to
-    a tensor stays private to this process. ValueError when the file is cut short or is not a safetensors file."""
+    a tensor stays private to this process. Those whose name the pattern `skip` is found in are left out. ValueError when
+    the file is cut short or is not a safetensors file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -843,6 +892,8 @@ def load_safetensors(path) -> dict[str, Tensor]:
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, (dtype, shape, start, end) in places.items():
+        if skip and re.search(skip, name):
+            continue
         if dtype not in DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype}; {', '.join(DTYPES)} can be read")
         count = (end - start) // DTYPES[dtype].itemsize
@@ -855,26 +906,67 @@ def load_safetensors(path) -> dict[str, Tensor]:
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
            "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-           "flatlm": "Transformer"}
+           "gpt2": "GPT2LMHeadModel", "flatlm": "Transformer"}
 # what config.json and `Config` call by the same name: in every family, and beyond that in some
 SHARED_KEYS = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
                "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings bos_token_id eos_token_id").split()
 FAMILY_KEYS = {"mistral": ["sliding_window"], "qwen3_moe": ["num_experts_per_tok", "router_aux_loss_coef"],
                "mixtral": ["sliding_window", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"],
                "flatlm": list(Config.__dataclass_fields__)}
+# what config.json calls otherwise than `Config`
+RENAMED_KEYS = {"gpt2": {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                         "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+                         "layer_norm_epsilon": "rms_norm_eps"},
+                "qwen3_moe": {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}}
+COMPUTED = {      # fields that change what comes out, and their values that are computed here
+    "all": {"quantization_config": [None], "hidden_act": ["silu", "swish"], "partial_rotary_factor": [None, 1]},
+    "qwen3_moe": {"norm_topk_prob": [True], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},
+    "gpt2": {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
+             "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False], "add_cross_attention": [False]}}
+
+
+def _defaults() -> dict[str, dict]:
+    """What transformers takes for fields that a config.json leaves out, by family."""
+    llama = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                 max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2)
+    mistral = {**llama, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+    qwen = dict(vocab_size=151_936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6)
+    return {
+        "flatlm": {}, "llama": llama, "mistral": {**mistral, "sliding_window": 4096},
+        "qwen2": qwen, "qwen3": {**qwen, "head_dim": 128},
+        "mixtral": {**mistral, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
+                    "router_aux_loss_coef": 0.001},
+        "qwen3_moe": {**qwen, "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4,
+                      "num_local_experts": 128, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+                      "norm_topk_prob": False, "router_aux_loss_coef": 0.001},
+        "gpt2": dict(vocab_size=50_257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                     max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=True,
+                     bos_token_id=50_256, eos_token_id=50_256)}
+
+
+DEFAULTS = _defaults()
 
 
 def model_type(config: Config) -> str:
     """The Hugging Face architecture that has exactly this model's switches on; "flatlm" when none has."""
     c = config
-    for name in ("norm", "norm_place", "position", "feed_forward", "use_parallel_residual", "final_logit_softcapping"):
-        if getattr(c, name) != getattr(Config, name):
-            return "flatlm"
-    plain = "llama" if c.sliding_window is None else "mistral"
-    kinds = {(False, False, False): plain, (True, False, False): "qwen2", (False, True, False): "qwen3",
-             (False, False, True): "mixtral", (False, True, True): "qwen3_moe"}
-    kind = kinds.get((c.qkv_bias, c.qk_norm, c.num_local_experts is not None), "flatlm")
-    return kind if c.sliding_window_pattern is None or kind in ("qwen2", "qwen3") else "flatlm"
+    has = lambda **switches: all(getattr(c, name) == value for name, value in switches.items())
+    if not has(norm_place="pre", use_parallel_residual=False, final_logit_softcapping=None):
+        return "flatlm"
+    if has(**GPT2_SWITCHES, qk_norm=False, sliding_window=None, num_key_value_heads=c.num_attention_heads):
+        return "gpt2" if c.num_attention_heads * c.head_dim == c.hidden_size else "flatlm"
+    if not has(norm="rms", position="rope", feed_forward="swiglu"):
+        return "flatlm"
+    plain, biased = ("llama", "llama") if c.sliding_window is None else ("mistral", "flatlm")
+    kinds = {(False, False, False, False): plain, (True, True, False, False): biased, (True, False, False, False): "qwen2",
+             (False, False, True, False): "qwen3", (True, True, True, False): "qwen3",
+             (False, False, True, True): "qwen3_moe", (True, True, True, True): "qwen3_moe",
+             (False, False, False, True): "mixtral"}
+    kind = kinds.get((c.qkv_bias, c.o_bias, c.qk_norm, c.num_local_experts is not None), "flatlm")
+    if c.mlp_bias and kind != "llama" or c.sliding_window_pattern is not None and kind not in ("qwen2", "qwen3"):
+        return "flatlm"
+    return kind
 
 
 def layer_types(config: Config) -> list[str]:
@@ -883,15 +975,24 @@ def layer_types(config: Config) -> list[str]:
 
 
 def config_to_json(config: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """What config.json says of a model. RoPE stands twice: transformers 4 read rope_theta, 5 reads rope_parameters. That of
-    a flatlm model has every field of `Config`."""
+    """What config.json says of a model. RoPE stands twice: transformers 4 reads rope_theta and rope_scaling, 5 reads
+    rope_parameters. That of a flatlm model has every field of `Config`; that of a GPT-2 has GPT-2's keys, and no dropout,
+    which is the trainer's."""
     kind = model_type(config)
-    values = {"architectures": [CLASSES[kind]], "model_type": kind,
-              **{key: getattr(config, key) for key in SHARED_KEYS + FAMILY_KEYS.get(kind, [])},
-              "hidden_act": "silu", "rope_scaling": None, "torch_dtype": str(dtype).removeprefix("torch."),
-              "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    values = {"architectures": [CLASSES[kind]], "model_type": kind, "torch_dtype": str(dtype).removeprefix("torch."),
+              **{key: getattr(config, key) for key in SHARED_KEYS + FAMILY_KEYS.get(kind, [])}}
+    if kind == "gpt2":
+        for theirs, ours in RENAMED_KEYS[kind].items():
+            values[theirs] = values.pop(ours)
+        for name in ("num_key_value_heads", "head_dim", "rope_theta"):
+            del values[name]
+        return values | {"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    values |= {"hidden_act": "silu", "rope_scaling": config.rope_scaling,
+               "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})}}
+    if kind in ("llama", "qwen3", "qwen3_moe"):
+        values["attention_bias"] = config.o_bias
     if kind == "llama":
-        values |= {"attention_bias": False, "mlp_bias": False}
+        values["mlp_bias"] = config.mlp_bias
     if kind == "qwen3_moe":
         values |= {"num_experts": config.num_local_experts, "moe_intermediate_size": config.intermediate_size,
                    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -902,41 +1003,63 @@ def config_to_json(config: Config, dtype: torch.dtype = torch.float32) -> dict:
 
 
 def config_from_json(values: dict) -> Config:
-    """The `Config` of a config.json. ValueError names the first field that this model cannot honour."""
+    """The `Config` of a config.json; what that leaves out is as in transformers. ValueError names the first field that this
+    model cannot honour. The probabilities of dropout are not read: they are the trainer's."""
     kind = values.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"model_type is {kind!r}; supported are {', '.join(CLASSES)}")
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    sparse = kind == "qwen3_moe"
-    attention_bias = kind in ("llama", "qwen3", "qwen3_moe") and values.get("attention_bias", False)   # qwen2: always
-    supported = {"hidden_act": values.get("hidden_act", "silu") == "silu",
-                 "attention_bias": not attention_bias,
-                 "mlp_bias": not values.get("mlp_bias", False),
-                 "rope_parameters": rope.get("rope_type", "default") == "default",
-                 "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) == "default",
-                 "norm_topk_prob": not sparse or values.get("norm_topk_prob", False),
-                 "decoder_sparse_step": not sparse or values.get("decoder_sparse_step", 1) == 1,
-                 "mlp_only_layers": not sparse or not values.get("mlp_only_layers")}
-    for field, fine in supported.items():
-        if not fine:
-            raise ValueError(f"{field} is {values.get(field)!r}, which this model does not support")
-    if sparse:                                            # names that transformers has changed, or that differ from ours
-        values = {"num_experts": values.get("num_local_experts"), **values}
-        values |= {"num_local_experts": values["num_experts"], "intermediate_size": values.get("moe_intermediate_size")}
+    values = {**DEFAULTS[kind], **values}
+    for field, computed in {**COMPUTED["all"], **COMPUTED.get(kind, {})}.items():
+        if field in values and values[field] not in computed:
+            raise ValueError(f"{field} is {values[field]!r}, which this model does not support")
+    if values.get("mlp_bias") and kind not in ("llama", "flatlm"):
+        raise ValueError(f"mlp_bias is {values['mlp_bias']!r}, which a {kind} does not have")
+    renamed = RENAMED_KEYS.get(kind, {})
+    values |= {ours: values[theirs] for theirs, ours in renamed.items() if theirs in values}
     needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
     needed += ["num_local_experts", "num_experts_per_tok", "intermediate_size"] if kind in ("mixtral", "qwen3_moe") else []
     for key in needed:
         if values.get(key) is None:
-            raise ValueError(f"{key} is missing")
+            raise ValueError(f"{next((theirs for theirs, ours in renamed.items() if ours == key), key)} is missing")
     fields = {key: values[key] for key in SHARED_KEYS + FAMILY_KEYS.get(kind, []) if key in values}
-    fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    if kind == "gpt2":
+        absent = ("num_key_value_heads", "head_dim", "rope_theta")
+        return Config(**{key: value for key, value in fields.items() if key not in absent}, **GPT2_SWITCHES)
+    fields |= read_rope(values)
     if kind == "flatlm":
         return Config(**fields)
-    if sparse:
+    if kind == "qwen3_moe":
         fields["num_local_experts"] = values["num_local_experts"]
-    fields |= {"qkv_bias": kind == "qwen2", "qk_norm": kind in ("qwen3", "qwen3_moe")}
-    return with_windows(Config(**fields), values) if kind.startswith("qwen") else Config(**fields)
+    attention_bias = kind in ("llama", "qwen3", "qwen3_moe") and bool(values.get("attention_bias"))
+    fields |= {"qkv_bias": attention_bias or kind == "qwen2", "o_bias": attention_bias,
+               "mlp_bias": bool(values.get("mlp_bias")), "qk_norm": kind in ("qwen3", "qwen3_moe")}
+    config = Config(**fields)
+    if kind == "mistral" and values.get("layer_types") not in (None, layer_types(config)):
+        raise ValueError(f"layer_types is {values['layer_types']!r}, but the layers of a mistral have one sliding_window")
+    return with_windows(config, values) if kind.startswith("qwen") else config
+
+
+def read_rope(values: dict) -> dict:
+    """rope_theta and rope_scaling as `Config` has them. transformers 4 writes rope_theta and rope_scaling (whose rope_type
+    was called type at first), 5 writes both as rope_parameters."""
+    field = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(field) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{field} is {rope!r}; supported is one that is the same for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and kind not in ROPE_SCALINGS:
+        raise ValueError(f"{field} has rope_type {kind!r}; supported are default, {', '.join(ROPE_SCALINGS)}")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"{field} has partial_rotary_factor {rope['partial_rotary_factor']!r}; 1 is supported")
+    theta = rope.get("rope_theta", values.get("rope_theta", Config.rope_theta))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    rope = {"original_max_position_embeddings": values.get("max_position_embeddings"), **rope, "rope_type": kind}
+    scaling = {key: rope[key] for key in ("rope_type", *ROPE_SCALINGS[kind]) if key in rope}
+    wrong = wrong_scaling(scaling)
+    if wrong:
+        raise ValueError(f"{field} is {values[field]!r}{wrong}")
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def with_windows(config: Config, values: dict) -> Config:
@@ -967,6 +1090,8 @@ EXPERTS_ON_DISK = {"mixtral": ("block_sparse_moe", {"gate_proj": "w1", "up_proj"
 def to_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """The module's tensors as model.safetensors has them: "model.layers.0.mlp.experts.up_proj" becomes
     "model.layers.0.block_sparse_moe.experts.0.w3.weight" and so on, in a Mixtral."""
+    if kind == "gpt2":
+        return gpt2_to_disk(tensors)
     if kind not in EXPERTS_ON_DISK:
         return tensors
     block, names = EXPERTS_ON_DISK[kind]
@@ -980,10 +1105,12 @@ def to_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return out
 
 
-def from_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """What `to_disk` did, undone; experts are copied together."""
+def from_disk(tensors: dict[str, Tensor], kind: str, place: Callable = lambda tensor: tensor) -> dict[str, Tensor]:
+    """What `to_disk` did, undone, each tensor sent through `place` on its way; experts are copied together."""
+    if kind == "gpt2":
+        return gpt2_from_disk(tensors, place)
     if kind not in EXPERTS_ON_DISK:
-        return tensors
+        return {name: place(tensor) for name, tensor in tensors.items()}
     block, names = EXPERTS_ON_DISK[kind]
     ours = {theirs: name for name, theirs in names.items()}
     out, stacks = {}, {}
@@ -993,8 +1120,45 @@ def from_disk(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             prefix, number, matrix = name.removesuffix(".weight").rsplit(".", 2)
             stacks.setdefault(f"{prefix}.{ours[matrix]}", {})[int(number)] = tensor
         else:
-            out[name] = tensor
-    return out | {name: torch.stack([stack[e] for e in range(len(stack))]) for name, stack in stacks.items()}
+            out[name] = place(tensor)
+    return out | {name: torch.stack([place(stack[e]) for e in range(len(stack))]) for name, stack in stacks.items()}
+
+
+GPT2_NAMES = {"model.embed_tokens.": "transformer.wte.", "model.embed_positions.": "transformer.wpe.",
+              "model.norm.": "transformer.ln_f.", "model.layers.": "transformer.h.", ".input_layernorm.": ".ln_1.",
+              ".post_attention_layernorm.": ".ln_2.", ".self_attn.c_attn.": ".attn.c_attn.",
+              ".self_attn.o_proj.": ".attn.c_proj.", ".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
+
+
+def gpt2_to_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A GPT-2's tensors under GPT-2's names: the layers' matrices transposed, those of q, k and v side by side."""
+    out = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        tensor = tensor.T if ".layers." in name and tensor.dim() == 2 else tensor
+        name = name.replace("q_proj", "c_attn")
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(ours, theirs)
+        out[name] = tensor
+    return out
+
+
+def gpt2_from_disk(tensors: dict[str, Tensor], place: Callable) -> dict[str, Tensor]:
+    """What `gpt2_to_disk` did, undone; the layers' matrices are copied."""
+    out = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(theirs, ours)
+        parts = {"c_attn": tensor}
+        if ".c_attn." in name:
+            parts = dict(zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3, -1)))
+        for part, one in parts.items():
+            one = place(one)
+            out[name.replace("c_attn", part)] = one.T.contiguous() if ".layers." in name and one.dim() == 2 else one
+    return out
 
 
 def save_pretrained(model: Transformer, folder, tensors: dict[str, Tensor] | None = None):
@@ -1024,15 +1188,66 @@ def read_json(path) -> dict:
     return values
 
 
-def load_pretrained(folder, ops: Ops = Ops()) -> Transformer:
-    """The model in a Hugging Face folder, in the dtype it was stored in, its weights mapped from model.safetensors.
+# buffers that older files carry and that are computed here: RoPE's frequencies, GPT-2's causal masks
+BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$"
 
-    ValueError in one line when the folder has no weights, when they are cut short, when their names or shapes contradict
-    config.json, or when config.json asks for something this model does not have."""
+
+def load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The weights in a folder, mapped from model.safetensors or from all the shards that model.safetensors.index.json names,
+    and that file's path. ValueError when there are none, or when a shard is missing."""
+    path = folder / "model.safetensors"
+    if path.exists():
+        return path, load_safetensors(path, BUFFERS)
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        pickled = sorted(file.name for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}"))
+        raise ValueError(f"{folder} is no model folder: it has no model.safetensors" + (
+            f"; pickled weights ({pickled[0]}) are never read: convert them to safetensors" if pickled else ""))
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{path} has no weight_map from names to files; copy it again")
+    tensors = {}
+    for shard in dict.fromkeys(shards.values()):
+        if not (folder / shard).exists():
+            raise ValueError(f"{folder} has no {shard}, which {path.name} names; copy it too")
+        tensors |= load_safetensors(folder / shard, BUFFERS)
+    return path, tensors
+
+
+def spelled_as_today(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Tensors under the names that transformers writes by default: OpenAI's files of GPT-2 leave out "transformer.", and
+    experts may be stacked, gates upon ups."""
+    if kind == "gpt2":
+        whole = lambda name: name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        return {whole(name): tensor for name, tensor in tensors.items()}
+    if kind not in EXPERTS_ON_DISK:
+        return tensors
+    block, names = EXPERTS_ON_DISK[kind]
+    out = {}
+    for name, tensor in tensors.items():
+        name = name.replace(".mlp.", f".{block}.")
+        prefix, _, matrix = name.rpartition(".experts.")
+        stacks = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(matrix)
+        if stacks is None:
+            out[name] = tensor
+            continue
+        for ours, stack in zip(stacks, tensor.chunk(len(stacks), 1)):
+            out |= {f"{prefix}.experts.{e}.{names[ours]}.weight": one for e, one in enumerate(stack)}
+    return out
+
+
+def load_pretrained(folder, ops: Ops = Ops(), device=None, dtype: torch.dtype | None = None,
+                    vocab_size: int | None = None) -> Transformer:
+    """The model in a Hugging Face folder, its weights mapped from model.safetensors or from shards.
+
+    `dtype`: None for the stored one (that of the embedding, where the file has several). `device`: where weights go, one
+    after the other, so that no second copy is ever in memory; those that stay on the CPU in their dtype are not even read
+    until they are used. `vocab_size`: see `grow_vocabulary`. ValueError in one line when the folder has no weights, when
+    they are cut short, when their names or shapes contradict config.json, or when config.json asks for something this
+    model does not have."""
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).exists():
-            raise ValueError(f"{folder} is no model folder: it has no {name}")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
     values = read_json(folder / "config.json")
     try:
         config = config_from_json(values)
@@ -1041,22 +1256,54 @@ def load_pretrained(folder, ops: Ops = Ops()) -> Transformer:
     if (folder / "generation_config.json").exists():      # chat models end at more tokens than config.json names
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         config = replace(config, eos_token_id=ends if ends is not None else config.eos_token_id)
-    tensors = load_safetensors(folder / "model.safetensors")
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    kind = values["model_type"]
+    path, tensors = load_tensors(folder)
+    tensors = spelled_as_today(tensors, kind)
     with torch.device("meta"):                            # shapes only: the file's tensors become the parameters
         model = Transformer(config, ops)
-    expected = {name: tensor.shape for name, tensor in to_disk(model.state_dict(), values["model_type"]).items()}
+    expected = {name: tensor.shape for name, tensor in to_disk(model.state_dict(), kind).items()}
+    embedding = next(iter(expected))
+    if config.tie_word_embeddings:                        # which of the two names stands in the file is all the same
+        del expected["lm_head.weight"]
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, tensors.setdefault(embedding, head).to(head.dtype)):
+            raise ValueError(f"{path}: lm_head.weight is not {embedding}, though config.json ties them; if both are meant, "
+                             "set tie_word_embeddings to false there")
     for name in [*expected, *tensors]:
         have, want = tensors[name].shape if name in tensors else None, expected.get(name)
         if have != want:
             say = lambda shape: "none" if shape is None else str(tuple(shape))
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit config.json: {name} should have shape "
-                             f"{say(want)} and has {say(have)}")
-    model.load_state_dict(from_disk(tensors, values["model_type"]), assign=True)
+            raise ValueError(f"{path} does not fit config.json: {name} should have shape {say(want)} and has {say(have)}")
+    dtype = dtype or tensors[embedding].dtype
+    tensors = from_disk(tensors, kind, lambda tensor: tensor.to(device, dtype))
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
-    return model.requires_grad_()
+    model = model.to(device).requires_grad_()             # the tables of positions go along
+    return model if vocab_size is None else grow_vocabulary(model, vocab_size)
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Transformer, vocab_size: int) -> Transformer:
+    """`model` with rows for more tokens in its embedding and its head, in place. Each new row is the mean of the old ones: a
+    new token then gets at most 1 / old size of the probability that all old ones have together, whatever the hidden state,
+    and theirs relative to each other stay (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    ValueError when `vocab_size` is smaller than the model's."""
+    old, embedding, head = model.config.vocab_size, model.model["embed_tokens"], model.lm_head
+    if vocab_size < old:
+        raise ValueError(f"vocab_size is {vocab_size} and the model has {old} tokens, all of which stay; give {old} or more")
+
+    def grown(weight: Tensor) -> nn.Parameter:
+        mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+        return nn.Parameter(torch.cat((weight, mean.expand(vocab_size - old, -1))), weight.requires_grad)
+
+    embedding.weight = grown(embedding.weight)
+    head.weight = embedding.weight if model.config.tie_word_embeddings else grown(head.weight)
+    embedding.num_embeddings = head.out_features = vocab_size
+    model.config = replace(model.config, vocab_size=vocab_size)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1315,6 +1315,17 @@ def test_swiglu_is_the_gate_times_its_sigmoid_times_the_other():
     assert error_of(swiglu(gate.float(), up.float()), gate / (1 + torch.exp(-gate)) * up) < 1e-6
 
 
+def test_scaled_rope_has_the_frequencies_worked_by_hand():
+    rule = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    cos, sin = rope_tables(128, 2, 500_000.0, rule)                          # Llama 3.1's
+    # wavelengths 2π · 500000^(2i/128): 6.28, below 8192 / 4, is left alone; 2559195, above 8192, becomes 8 times as long; 2948.3026
+    # and 5453.9516 lie between, and of their frequencies (8192 / 2948.3026 - 1) / 3 = 0.592849 and 0.167343 stay, the rest by 8
+    for i, frequency in ((0, 1.0), (30, 0.0013718936), (33, 0.00031269375), (63, 3.0689260e-07)):
+        assert math.atan2(sin[1, i], cos[1, i]) == pytest.approx(frequency, rel=1e-5)
+    linear = rope_tables(8, 13, 100.0, {"rope_type": "linear", "factor": 4.0})
+    assert all(torch.allclose(long[::4], short, atol=1e-6) for long, short in zip(linear, rope_tables(8, 4, 100.0)))
+
+
 def test_rope_multiplies_pairs_as_complex_numbers():
     x, (cos, sin) = torch.randn(1, 1, 5, 8), rope_tables(8, 5, 100.0)
     z = torch.complex(x[..., :4].double(), x[..., 4:].double())
@@ -1402,13 +1413,21 @@ ARCHITECTURES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": 
                  "tied": {"tie_word_embeddings": True}, "mixtral": EXPERTS, "mixtral windows": {**EXPERTS, "sliding_window": 5},
                  "qwen3_moe": {**EXPERTS, "qk_norm": True, "num_experts_per_tok": 3, "sliding_window": 6},
                  "qwen3 some windows": {"qk_norm": True, "num_hidden_layers": 3, "sliding_window": 3, "sliding_window_pattern": 2},
-                 "qwen2 windows": {"qkv_bias": True, "sliding_window": 4}}
+                 "qwen2 windows": {"qkv_bias": True, "sliding_window": 4},
+                 "llama biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+                 "qwen3 biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True},
+                 "llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+                 "llama 3.1": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 0.1, "high_freq_factor": 1.0,
+                                                "original_max_position_embeddings": 16}},
+                 "gpt2": {"norm": "layer", "position": "learned", "feed_forward": "gelu", "num_key_value_heads": 4,
+                          "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True}}
 VARIANTS = ARCHITECTURES | {                                                      # the rest no family has
     "layer": {"norm": "layer"}, "post": {"norm": "layer", "norm_place": "post"}, "both": {"norm_place": "both"},
     "unnormed": {"norm_place": "none"}, "learned": {"position": "learned"}, "nope": {"position": "none", "head_dim": 7},
     "sinusoidal": {"position": "sinusoidal", "tie_word_embeddings": True}, "gelu": {"feed_forward": "gelu"},
     "silu": {"feed_forward": "silu"}, "relu2": {"feed_forward": "relu2"}, "parallel": {"use_parallel_residual": True},
     "windows": {"sliding_window": 3, "sliding_window_pattern": 2}, "capped": {"final_logit_softcapping": 1.5},
+    "some biases": {"o_bias": True, "qk_norm": True}, "qwen2 biases": {"qkv_bias": True, "mlp_bias": True},
     "mix": {"norm": "layer", "norm_place": "both", "position": "learned", "use_parallel_residual": True, "qkv_bias": True,
             "final_logit_softcapping": 2.0, "sliding_window": 4, **EXPERTS, "num_experts_per_tok": 1}}
 
@@ -1432,8 +1451,20 @@ def by_hand(model, tokens):
         x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"] + w.get(name + ".bias", 0)
 
+    def frequency(i):
+        f, s = c.rope_theta ** (-2 * i / c.head_dim), c.rope_scaling or {"rope_type": None}
+        if s["rope_type"] == "llama3":                                       # as published: by wavelengths
+            wavelength, old = 2 * math.pi / f, s["original_max_position_embeddings"]
+            if wavelength > old / s["low_freq_factor"]:
+                return f / s["factor"]
+            if wavelength < old / s["high_freq_factor"]:
+                return f
+            smooth = (old / wavelength - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+            return (1 - smooth) * f / s["factor"] + smooth * f
+        return f / s["factor"] if s["rope_type"] == "linear" else f
+
     def turn(t):                                                             # (S, H, D)
-        angles = torch.arange(length).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+        angles = torch.arange(length).double()[:, None] * torch.tensor([frequency(i) for i in range(c.head_dim // 2)]).double()
         a, b = t[..., :c.head_dim // 2], t[..., c.head_dim // 2:]
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat((a * cos - b * sin, a * sin + b * cos), -1) if c.position == "rope" else t
@@ -1443,10 +1474,11 @@ def by_hand(model, tokens):
         if c.qk_norm:
             q, k = norm(q, p + "q_norm", "rms"), norm(k, p + "k_norm", "rms")
         heads = slow_attention(*(t.transpose(0, 1)[None] for t in (turn(q), turn(k), v)), window)[0].transpose(0, 1).flatten(1)
-        return heads @ w[p + "o_proj.weight"].T
+        return heads @ w[p + "o_proj.weight"].T + w.get(p + "o_proj.bias", 0)
 
-    def swiglu(y, gate, up, down):
-        return ((y @ gate.T) * torch.sigmoid(y @ gate.T) * (y @ up.T)) @ down.T
+    def swiglu(y, gate, up, down, biases=(0, 0, 0)):
+        g = y @ gate.T + biases[0]
+        return (g * torch.sigmoid(g) * (y @ up.T + biases[1])) @ down.T + biases[2]
 
     def feed_forward(y, p):
         if c.num_local_experts:
@@ -1458,11 +1490,12 @@ def by_hand(model, tokens):
                     out[i] += share * swiglu(y[i], *(w[f"{p}experts.{n}_proj"][e] for n in ("gate", "up", "down")))
             return out
         if c.feed_forward == "swiglu":
-            return swiglu(y, *(w[f"{p}{n}_proj.weight"] for n in ("gate", "up", "down")))
-        u = y @ w[p + "up_proj.weight"].T
+            return swiglu(y, *(w[f"{p}{n}_proj.weight"] for n in ("gate", "up", "down")),
+                          [w.get(f"{p}{n}_proj.bias", 0) for n in ("gate", "up", "down")])
+        u = y @ w[p + "up_proj.weight"].T + w.get(p + "up_proj.bias", 0)
         act = {"gelu": u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3))), "silu": u / (1 + torch.exp(-u)),
                "relu2": torch.where(u > 0, u * u, 0)}[c.feed_forward]
-        return act @ w[p + "down_proj.weight"].T
+        return act @ w[p + "down_proj.weight"].T + w.get(p + "down_proj.bias", 0)
 
     x = w["model.embed_tokens.weight"][tokens]
     if c.position == "learned":
@@ -1608,7 +1641,11 @@ def test_compiled_layers_compute_the_same():
     ({"num_local_experts": 2, "num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
     ({"num_local_experts": 4, "feed_forward": "gelu"}, "experts are swiglu"),
     ({"num_local_experts": 4, "router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
-    ({"num_local_experts": 4, "intermediate_size": 50}, "multiple of 8")])
+    ({"num_local_experts": 4, "intermediate_size": 50}, "multiple of 8"), ({"rope_theta": 0.0}, "rope_theta is 0.0"),
+    ({"num_local_experts": 4, "mlp_bias": True}, "experts have no biases"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "position": "learned"}, "with position learned; only rope is scaled"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "its rope_type must be linear or llama3"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "needs a factor above 0")])
 def test_switches_that_cannot_be_are_refused_in_one_line(changes, words):
     with pytest.raises(ValueError, match=re.escape(words)) as told:
         dataclasses.replace(SMALL, **changes)
@@ -1694,7 +1731,8 @@ def test_a_mixtral_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("name, parameters", [("llama2-7b", 6_738_415_616), ("llama3.1-8b", 8_030_261_248),
                                               ("llama3.1-70b", 70_553_706_496), ("qwen2.5-1.5b", 1_543_714_304),
-                                              ("qwen3-0.6b", 596_049_920)])
+                                              ("qwen3-0.6b", 596_049_920), ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
 def test_presets_have_the_published_number_of_parameters(name, parameters):
     assert num_parameters(PRESETS[name]) == parameters
 
@@ -1786,7 +1824,7 @@ def test_a_flatlm_folder_from_before_the_switches_loads(tmp_path):
     made = small(qk_norm=True, qkv_bias=True)
     save_pretrained(made, tmp_path)
     new = ("norm norm_place position feed_forward use_parallel_residual sliding_window_pattern final_logit_softcapping num_local_experts "
-           "num_experts_per_tok router_aux_loss_coef dropout initializer").split()
+           "num_experts_per_tok router_aux_loss_coef dropout initializer o_bias mlp_bias").split()
     values = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key not in new}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert load_pretrained(tmp_path).config == made.config
@@ -1807,7 +1845,192 @@ def test_transformers_gives_the_logits_of_our_folder_and_we_give_those_of_its(va
         assert (theirs(tokens).logits - load_pretrained(tmp_path / "theirs")(tokens)).abs().max() < 1e-4
         out = theirs.generate(tokens[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         ours = generate(load_pretrained(tmp_path / "theirs"), [tokens[0].tolist()], 12, temperature=0)
+        theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+        assert not (tmp_path / "shards" / "model.safetensors").exists()
+        assert torch.equal(load_pretrained(tmp_path / "shards")(tokens), load_pretrained(tmp_path / "theirs")(tokens))
+        theirs.bfloat16().save_pretrained(tmp_path / "half")
+        half = load_pretrained(tmp_path / "half")
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        save_pretrained(half, tmp_path / "again")
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+        assert all(torch.equal(p, back[name]) for name, p in theirs.state_dict().items())
     assert out[0, 17:].tolist() == ours[0]
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0}])
+def test_scaled_rope_is_read_as_transformers_4_and_5_write_it(change):
+    values = {key: value for key, value in model_file.config_to_json(SMALL).items() if not key.startswith("rope")}
+    want = dataclasses.replace(SMALL, rope_theta=500.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    assert model_file.config_from_json({**values, **change}) == want
+    assert model_file.config_from_json(model_file.config_to_json(want)) == want
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gpt2"])
+def test_what_a_config_json_leaves_out_is_as_in_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    more = {"norm_topk_prob": True} if kind == "qwen3_moe" else {}
+    ours, theirs = model_file.config_from_json({"model_type": kind, **more}), transformers.AutoConfig.for_model(kind, **more)
+    names = {"intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"} if kind == "qwen3_moe" else {}
+    names |= {"intermediate_size": "n_inner", "rms_norm_eps": "layer_norm_epsilon"} if kind == "gpt2" else {}
+    for ours_name in ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size rms_norm_eps "
+                      "max_position_embeddings tie_word_embeddings sliding_window num_local_experts num_experts_per_tok "
+                      "router_aux_loss_coef bos_token_id eos_token_id").split():
+        want = getattr(theirs, names.get(ours_name, ours_name), None)
+        if want is not None or ours_name == "sliding_window":
+            assert getattr(ours, ours_name) == want, ours_name
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert kind == "gpt2" and ours.intermediate_size == 4 * 768 or ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_gpt2_files_of_any_age_give_the_logits_of_the_formulas(prefix, tmp_path):
+    torch.manual_seed(0)
+    draw, w = lambda *shape: torch.randn(shape) * 0.2, {}
+    w["wte.weight"], w["wpe.weight"], w["ln_f.weight"], w["ln_f.bias"] = draw(97, 32), draw(40, 32), 1 + draw(32), draw(32)
+    for i in range(2):
+        for name, shape in (("attn.c_attn", (32, 96)), ("attn.c_proj", (32, 32)), ("mlp.c_fc", (32, 128)), ("mlp.c_proj", (128, 32)),
+                            ("ln_1", (32,)), ("ln_2", (32,))):
+            w[f"h.{i}.{name}.weight"], w[f"h.{i}.{name}.bias"] = draw(*shape) + len(shape) % 2, draw(shape[-1])
+    masks = {f"h.{i}.attn.{name}": torch.ones(shape) for i in range(2) for name, shape in (("bias", (1, 1, 40, 40)), ("masked_bias", ()))}
+    save_safetensors({prefix + name: t for name, t in (w | (masks if not prefix else {})).items()}, tmp_path / "model.safetensors")
+    raw = (tmp_path / "model.safetensors").read_bytes()                      # masks were bytes for a time
+    (tmp_path / "model.safetensors").write_bytes(raw.replace(b'"F32", "shape": [1, 1', b'"U8",  "shape": [1, 1'))
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "n_ctx": 40, "resid_pdrop": 0.1,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}))
+    made, tokens = load_pretrained(tmp_path), torch.randint(97, (11,))
+    apply = lambda x, name: x @ w[name + ".weight"] + w[name + ".bias"]
+    norm = lambda x, name: ((x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+                            * w[name + ".weight"] + w[name + ".bias"])
+    gelu = lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:11]
+    for p in ("h.0.", "h.1."):
+        q, k, v = (t.view(11, 4, 8).transpose(0, 1) for t in apply(norm(x, p + "ln_1"), p + "attn.c_attn").split(32, -1))
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(11, 11).triu(1).bool(), -math.inf)
+        x = x + apply((scores.softmax(-1) @ v).transpose(0, 1).reshape(11, 32), p + "attn.c_proj")
+        x = x + apply(gelu(apply(norm(x, p + "ln_2"), p + "mlp.c_fc")), p + "mlp.c_proj")
+    with torch.no_grad():
+        assert (made(tokens[None])[0] - norm(x, "ln_f") @ w["wte.weight"].T).abs().max() < 1e-4
+    assert made.config.tie_word_embeddings and model_file.model_type(made.config) == "gpt2"
+
+
+def test_a_saved_gpt2_has_the_names_and_keys_of_openais(tmp_path):
+    made = small("gpt2")
+    save_pretrained(made, tmp_path)
+    values, tensors = json.loads((tmp_path / "config.json").read_text()), load_safetensors(tmp_path / "model.safetensors")
+    assert {key: values[key] for key in ("model_type", "n_embd", "n_layer", "n_head", "n_positions", "n_inner")} == {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "n_inner": 48}
+    layer = made.model["layers"][1].self_attn
+    assert torch.equal(tensors["transformer.h.1.attn.c_attn.weight"][:, 32:64], layer.k_proj.weight.T)
+    assert torch.equal(tensors["transformer.h.1.attn.c_attn.bias"][64:], layer.v_proj.bias) and len(tensors) == 2 * 12 + 4
+
+
+def shard(folder):
+    """Spreads a saved model over three files and an index."""
+    tensors, shards = load_safetensors(folder / "model.safetensors"), {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        shards.setdefault(f"model-0000{i % 3 + 1}-of-00003.safetensors", {})[name] = tensor.clone()
+    for file, part in shards.items():
+        save_safetensors(part, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({
+        "metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}))
+    (folder / "model.safetensors").unlink()
+
+
+def test_shards_are_one_model_and_a_missing_or_short_one_is_named(tmp_path):
+    made, tokens = small(), torch.randint(97, (2, 8))
+    save_pretrained(made, tmp_path)
+    shard(tmp_path)
+    assert torch.equal(load_pretrained(tmp_path)(tokens), made(tokens))
+    second, index = tmp_path / "model-00002-of-00003.safetensors", tmp_path / "model.safetensors.index.json"
+    whole, names = second.read_bytes(), index.read_text()
+    for damage_it, words in ((lambda: second.write_bytes(whole[:-50]), "model-00002-of-00003.safetensors is cut short"),
+                             (second.unlink, "has no model-00002-of-00003.safetensors, which model.safetensors.index.json names"),
+                             (lambda: index.write_text("[]"), "holds no JSON object"), (lambda: index.write_text("{}"), "has no weight_map"),
+                             (lambda: index.write_text(names.replace("00002-of", "00001-of")), "should have shape"), (index.unlink, "no model.safetensors")):
+        damage_it()
+        with pytest.raises(ValueError, match=words) as told:
+            load_pretrained(tmp_path)
+        assert "\n" not in str(told.value)
+
+
+def test_weights_go_to_a_device_and_a_dtype_and_stay_mapped_where_neither_changes(tmp_path):
+    for variant in ("gpt2", "sinusoidal", "mixtral"):
+        save_pretrained(small(variant).half(), tmp_path)
+        there = load_pretrained(tmp_path, device="meta", dtype=torch.bfloat16)
+        assert {t.device.type for t in [*there.parameters(), *there.buffers()]} == {"meta"}
+        assert {p.dtype for p in there.parameters()} == {torch.bfloat16} and there.cos.dtype == torch.float32
+        assert {p.dtype for p in load_pretrained(tmp_path).parameters()} == {torch.float16}
+        assert all(p.requires_grad for p in there.parameters()) and there.training
+    if Path("/proc/self/maps").exists():
+        save_pretrained(small(), tmp_path)
+        made, places = load_pretrained(tmp_path), []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if str(tmp_path) in line:
+                places.append(range(*(int(end, 16) for end in line.split()[0].split("-"))))
+        assert all(any(p.data_ptr() in place for place in places) for p in made.parameters())
+
+
+def test_a_file_of_several_dtypes_loads_in_that_of_the_embedding_and_without_old_buffers(tmp_path):
+    made = small()
+    save_pretrained(made, tmp_path)
+    tensors = load_safetensors(tmp_path / "model.safetensors")
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_safetensors({**mixed, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    loaded = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in made.state_dict().items())
+
+
+def test_a_tied_pair_is_read_under_either_name(tmp_path):
+    made, tokens = small("tied"), torch.randint(97, (2, 8))
+    save_pretrained(made, tmp_path)
+    tensors = load_safetensors(tmp_path / "model.safetensors")
+    other = {name.replace("model.embed_tokens", "lm_head"): tensor.clone() for name, tensor in tensors.items()}
+    for both in (other, tensors | other):
+        save_safetensors(both, tmp_path / "model.safetensors")
+        loaded = load_pretrained(tmp_path)
+        assert torch.equal(loaded(tokens), made(tokens)) and loaded.lm_head.weight is loaded.model["embed_tokens"].weight
+
+
+def test_experts_may_be_stacked_on_disk(tmp_path):
+    for variant, block in (("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")):
+        made = small(variant)
+        save_pretrained(made, tmp_path)
+        stacked = {}
+        for name, tensor in made.state_dict().items():                       # as transformers 5 has them in memory
+            if name.endswith("experts.gate_proj"):
+                name, tensor = name.replace("gate_proj", "gate_up_proj"), torch.cat((tensor, made.state_dict()[name.replace("gate", "up")]), 1)
+            elif name.endswith("experts.up_proj"):
+                continue
+            stacked[name] = tensor
+        assert any(f".{block}.experts.3." in name for name in load_safetensors(tmp_path / "model.safetensors"))
+        save_safetensors(stacked, tmp_path / "model.safetensors")
+        loaded = load_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in made.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["llama", "tied", "gpt2"])
+def test_new_tokens_start_as_the_mean_of_the_old_ones(variant, tmp_path):
+    made, tokens = small(variant), torch.randint(97, (2, 8))
+    save_pretrained(made, tmp_path)
+    grown = load_pretrained(tmp_path, vocab_size=101)
+    table, head = grown.model["embed_tokens"].weight, grown.lm_head.weight
+    assert grown.config == dataclasses.replace(made.config, vocab_size=101) and table.shape == head.shape == (101, 32)
+    assert torch.allclose(table[100], made.model["embed_tokens"].weight.mean(0), atol=1e-6) and torch.equal(table[97], table[100])
+    assert torch.allclose(head[98], made.lm_head.weight.mean(0), atol=1e-6) and (head is table) == (variant != "llama")
+    logits = grown(tokens)
+    assert torch.allclose(logits[..., :97], made(tokens), atol=1e-5)
+    assert (logits[..., 97:].exp().amax(-1) <= logits[..., :97].exp().mean(-1)).all()         # no new one above the old ones' average
+    grown(torch.full((1, 3), 100), torch.full((1, 3), 99)).backward()
+    assert table.grad[100].abs().max() > 0
+    save_pretrained(grown, tmp_path)
+    assert load_pretrained(tmp_path).config == grown.config and load_pretrained(tmp_path, vocab_size=101).config.vocab_size == 101
+    with pytest.raises(ValueError, match="vocab_size is 97 and the model has 101 tokens, all of which stay; give 101 or more"):
+        load_pretrained(tmp_path, vocab_size=97)
 
 
 def damage(folder, how):
@@ -1820,6 +2043,8 @@ def damage(folder, how):
         weights.write_bytes(b"PK\x03\x04" + bytes(100))
     elif how == "missing":
         weights.unlink()
+    elif how == "pickled":
+        weights.rename(folder / "pytorch_model.bin")
     else:
         values = json.loads(config.read_text())
         values.update(how)
@@ -1828,11 +2053,18 @@ def damage(folder, how):
 
 @pytest.mark.parametrize("how, words", [
     ("cut short", "cut short"), ("cut in its header", "not a safetensors file"), ("not a safetensors file", "not a safetensors file"),
-    ("missing", "no model.safetensors"), ({"hidden_size": 64}, "embed_tokens.weight should have shape"),
+    ("missing", "no model.safetensors"), ("pickled", "pickled weights (pytorch_model.bin) are never read: convert them"), ({"hidden_size": 64}, "embed_tokens.weight should have shape"),
     ({"num_hidden_layers": 3}, "should have shape"), ({"num_hidden_layers": "2"}, "config.json"), ({"num_hidden_layers": 1}, "should have shape none"),
     ({"model_type": "bert"}, "model_type is 'bert'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"), ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
-    ({"attention_bias": True}, "attention_bias"), ({"num_key_value_heads": 3}, "not a multiple")])
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters is {'rope_type': 'llama3'}; with rope_type llama3 it needs a factor"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling is {'type': 'linear'}"), ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor above 0"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling has rope_type 'yarn'; supported are default, linear, llama3"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters has rope_type 'longrope'"),
+    ({"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1}}, "high_freq_factor must be above"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the same for all layers"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"), ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+    ({"attention_bias": True}, "q_proj.bias should have shape (32,) and has none"), ({"mlp_bias": True}, "mlp.gate_proj.bias should have shape"),
+    ({"num_key_value_heads": 3}, "not a multiple")])
 def test_a_damaged_or_foreign_model_folder_is_refused_in_one_line(how, words, tmp_path):
     save_pretrained(small(), tmp_path)
     damage(tmp_path, how)
@@ -1849,7 +2081,15 @@ def test_a_damaged_or_foreign_model_folder_is_refused_in_one_line(how, words, tm
     ("qwen3 some windows", {"layer_types": None, "max_window_layers": 1}, "max_window_layers is 1"),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"), ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"), ("qwen3_moe", {"moe_intermediate_size": None}, "missing"),
-    ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"), ("mixtral", {"mlp_bias": True}, "mlp_bias is True"),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is ['full_"),
+    ("tied", {"tie_word_embeddings": False}, "lm_head.weight should have shape (97, 32) and has none"),
+    ("llama", {"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"), ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"), ("gpt2", {"n_embd": None}, "n_embd is missing"),
+    ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"), ("gpt2", {"activation_function": "relu"}, "is 'relu'"),
+    ("gpt2", {"n_inner": 40}, "h.0.mlp.c_fc.weight should have shape (32, 40) and has (32, 48)"),
     ("mixtral", {"num_local_experts": 5}, "block_sparse_moe.gate.weight should have shape (5, 32)"),
     ("mixtral", {"intermediate_size": 56}, "experts.0.w1.weight should have shape (56, 32)"), ("gelu", {"norm": "batch"}, "norm is 'batch'")])
 def test_what_a_family_asks_for_and_this_model_cannot_do_is_refused_by_the_name_of_the_field(variant, change, words, tmp_path):
@@ -2993,7 +3233,7 @@ def ranks_tensor_parallel():
 
     # the switches that change what is divided or summed: loss and gradients, and what cannot be divided
     options = dict(norm="layer", feed_forward="gelu", final_logit_softcapping=2.0, position="learned", use_parallel_residual=True,
-                   sliding_window=3, sliding_window_pattern=2, qkv_bias=True)
+                   sliding_window=3, sliding_window_pattern=2, qkv_bias=True, o_bias=True, mlp_bias=True)
     if ranks == 2:
         tensor, config = ddp.mesh(2)[1], small_config(**options)
         alone, net = Transformer(config), Transformer(config)
@@ -3252,7 +3492,7 @@ def test_plan_counts_llama_8b_as_published():
     assert ddp.parameters_on_rank(ddp.LLAMA_8B, 2)["all"] == 32 * (109_051_904 + 8192) + 525_336_576 + 4096
 
 
-@pytest.mark.parametrize("name", ["llama3.1-8b", "llama3.1-70b", "gpt2", "tiny"])
+@pytest.mark.parametrize("name", ["llama3.1-8b", "llama3.1-70b", "cs336-small", "tiny"])
 def test_plan_on_one_gpu_is_what_model_py_counts(name):
     config = PRESETS[name]
     shape, length = ddp.shape_from_config(dataclasses.asdict(config)), 256

@@ -25,6 +25,7 @@ shards.
 (sample.py), fused GPU kernels (they come in through `Ops`).
 """
 import argparse
+import copy
 import difflib
 import json
 import math
@@ -345,14 +346,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask(queries: int, keys: int, device, causal: bool = True, window: int | None = None,
-                   document_ids: Tensor | None = None, query_start: Tensor | None = None) -> Tensor:
-    """True where a query may look: (S_q, S_k), or (B, 1, S_q, S_k) with `document_ids` or `query_start`.
-
-    Queries stand at the last S_q of the S_k positions, or in row b at query_start[b], query_start[b] + 1, ..."""
+                   document_ids: Tensor | None = None) -> Tensor:
+    """True where a query may look: (S_q, S_k), or (B, 1, S_q, S_k) with `document_ids`. Queries stand at the last S_q of the
+    S_k positions."""
     key = torch.arange(keys, device=device)                                          # (S_k)
     query = torch.arange(keys - queries, keys, device=device)[:, None]               # (S_q, 1)
-    if query_start is not None:
-        query = query_start[:, None, None, None] + torch.arange(queries, device=device)[:, None]   # (B, 1, S_q, 1)
     mask = key <= query if causal else torch.ones_like(key <= query)
     if window is not None:
         mask = mask & (key > query - window)
@@ -362,16 +360,14 @@ def attention_mask(queries: int, keys: int, device, causal: bool = True, window:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None,
-                        window: int | None = None, document_ids: Tensor | None = None,
-                        query_start: Tensor | None = None) -> Tensor:
+                        window: int | None = None, document_ids: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v (Vaswani et al. 2017, arXiv 1706.03762), written out: S_q × S_k scores for every head.
 
     q (B, Hq, S_q, D), k and v (B, Hkv, S_k, D), Hq a multiple of Hkv; the result (B, Hq, S_q, D). `scale` is 1/√D unless
-    given; `window` counts the query's own position; `document_ids` (B, S_k) keeps documents apart; `query_start` (B)
-    places each row's queries in its cache (without it they are the last S_q positions)."""
+    given; `window` counts the query's own position; `document_ids` (B, S_k) keeps documents apart."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))    # (B, Hq, S_k, D)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    mask = attention_mask(q.shape[2], k.shape[2], q.device, causal, window, document_ids, query_start)
+    mask = attention_mask(q.shape[2], k.shape[2], q.device, causal, window, document_ids)
     return softmax(scores.masked_fill(~mask, float("-inf"))) @ v
 
 
@@ -412,14 +408,13 @@ class TiledAttention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None,
-              window: int | None = None, document_ids: Tensor | None = None,
-              query_start: Tensor | None = None) -> Tensor:
+              window: int | None = None, document_ids: Tensor | None = None) -> Tensor:
     """What `attention_reference` computes, by PyTorch's fused kernel, which works in tiles and never holds the scores; on a CPU
     by tiles of our own, which take half its time in training, as long as the scores of a head fit into the cache."""
     k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     tiled = (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and 1 < queries == keys <= 1024
-             and document_ids is None and query_start is None and v.shape == k.shape and q.dtype in (torch.float32, torch.bfloat16)
+             and document_ids is None and v.shape == k.shape and q.dtype in (torch.float32, torch.bfloat16)
              # a compiler unrolls the tiles
              and not (torch.compiler.is_compiling() and q.shape[0] * q.shape[1] * queries * keys > 2 ** 23))
     if tiled:
@@ -427,11 +422,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
         bias = torch.zeros(queries, keys, device=q.device).masked_fill(~mask, float("-inf"))
         q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
         return TiledAttention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, bias)
-    square = queries == keys and document_ids is None and query_start is None and (window is None or window >= keys)
-    if square or (queries == 1 and query_start is None and document_ids is None and window is None):
+    square = queries == keys and document_ids is None and (window is None or window >= keys)
+    if square or (queries == 1 and document_ids is None and window is None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal and square, scale=scale)
-    mask = attention_mask(queries, keys, q.device, causal, window, document_ids, query_start)
+    mask = attention_mask(queries, keys, q.device, causal, window, document_ids)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of new positions to a cache: q (B, Hq, S, D), k and v (B, Hkv, T, D), mask (B, 1, S, T) true where a query may
+    look. The query heads that share a key-value head become more queries of that head, so that the cache, which is all that
+    decoding has to read beside the weights, is neither repeated nor read twice."""
+    heads, queries, groups = k.shape[1], q.shape[2], q.shape[1] // k.shape[1]
+    grouped = q.reshape(len(q), heads, groups * queries, -1)                         # a group's heads stand side by side
+    mask = mask if queries == 1 else mask.repeat(1, 1, groups, 1)                    # (B, 1, G · S, T)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -484,14 +489,33 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.end = 0                     # no row is longer than this; known to the host, so slicing needs no device sync
 
+    def rows(self, first: int, last: int, end: int) -> "KVCache":
+        """The rows from `first` to before `last`, none longer than `end`, as a cache of their own on the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values, part.lengths = self.keys[:, first:last], self.values[:, first:last], self.lengths[first:last]
+        part.end = end
+        return part
+
+    def place(self, count: int):
+        """Say where the next `count` positions of each row stand; once for all layers."""
+        self.row = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]         # (B, 1)
+        self.positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)     # (B, S)
+        self.masks = {}
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, S, D) behind each row; return the layer's keys and values (B, Hkv, end + S, D)."""
-        rows = torch.arange(len(self.lengths), device=k.device)[:, None]             # (B, 1)
-        positions = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)   # (B, S)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
+            store[self.row, :, self.positions] = new.transpose(1, 2).to(store.dtype)
         end = self.end + k.shape[2]
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Where the new positions may look: (B, 1, S, end + S); the same for all layers with this window."""
+        if window not in self.masks:
+            key = torch.arange(self.end + self.positions.shape[1], device=self.positions.device)
+            query = self.positions[:, None, :, None]                                 # (B, 1, S, 1)
+            self.masks[window] = key <= query if window is None else (key <= query) & (key > query - window)
+        return self.masks[window]
 
     def advance(self, count: int):
         """Every row has grown by `count` positions, in all layers."""
@@ -546,21 +570,23 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, each (B, S, H · D). sample.py puts one product in the place of three."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache | None, document_ids) -> Tensor:
-        split = lambda t: t.unflatten(-1, (-1, self.config.head_dim))                # (B, S, H, D)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in self.project(x))          # (B, S, H, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                             # (B, H, S, D)
         if self.config.position == "rope":
             q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
-        placed = {}
         if cache is not None:
-            # an empty cache needs no mask by rows: everybody starts at 0 and the fast causal path serves
-            placed = {"query_start": cache.lengths} if cache.end else {}
-            k, v = cache.append(layer, k, v)
-            k, v = k.to(q.dtype), v.to(q.dtype)
-        out = self.ops.attention(q, k, v, causal=True, window=self.window, document_ids=document_ids, **placed)
+            keys, values = cache.append(layer, k, v)
+        if cache is None or cache.end == 0:                   # an empty cache: the new positions have only each other
+            out = self.ops.attention(q, k, v, causal=True, window=self.window, document_ids=document_ids)
+        else:
+            out = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), cache.mask(self.window))
         return self.o_proj(out.transpose(1, 2).flatten(2))                           # of (B, Hq, S, D)
 
 
@@ -575,9 +601,13 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up, each (B, S, intermediate_size). sample.py puts one product in the place of two."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
-            return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(self.ops.swiglu(*self.project(x)))
         return self.down_proj(ACTIVATIONS[self.kind](self.up_proj(x)))
 
 
@@ -713,11 +743,13 @@ class Transformer(nn.Module):
         if end > self.config.max_position_embeddings:
             raise ValueError(f"{end} positions exceed max_position_embeddings {self.config.max_position_embeddings}; "
                              "give a shorter sequence")
+        if cache is not None:
+            cache.place(tokens.shape[1])
         if cache is None or cache.end == 0:
             positions = slice(tokens.shape[1])
             cos, sin = self.cos[positions], self.sin[positions]                      # (S, D // 2)
         else:
-            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)     # (B, S)
+            positions = cache.positions                                              # (B, S)
             cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]    # (B, 1, S, D // 2)
         x = self.model["embed_tokens"](tokens)                                       # (B, S, hidden_size)
         if self.config.position == "learned":

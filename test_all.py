@@ -1359,10 +1359,15 @@ def test_attention_equals_loops_over_queries_and_keys(queries, options):
     q, k, v = torch.randn(2, 4, queries, 6), torch.randn(2, 2, 7, 6), torch.randn(2, 2, 7, 6)
     expected = slow_attention(q, k, v, **options)
     arguments = {"window": options.get("window"),
-                 "document_ids": torch.tensor(options["documents"]) if "documents" in options else None,
-                 "query_start": torch.tensor(options["starts"]) if "starts" in options else None}
-    for function in (attention_reference, attention):
-        assert error_of(function(q, k, v, **arguments), expected) < 1e-5, function
+                 "document_ids": torch.tensor(options["documents"]) if "documents" in options else None}
+    if "starts" not in options:
+        for function in (attention_reference, attention):
+            assert error_of(function(q, k, v, **arguments), expected) < 1e-5, function
+        return
+    cache = KVCache(Config(), 2, 7)
+    cache.lengths, cache.end = torch.tensor(options["starts"]), 7 - queries
+    cache.place(queries)
+    assert error_of(model_file.cached_attention(q, k, v, cache.mask(arguments["window"])), expected) < 1e-5
 
 
 def test_layer_norm_takes_out_the_mean_and_divides_by_the_standard_deviation():

@@ -16,8 +16,9 @@ Out: tokenizer.json in the Hugging Face format; tokens as .npy (uint16 or uint32
     python bpe.py train corpus.jsonl --vocab_size 4096 --out tokens/tokenizer.json
     python bpe.py encode corpus.jsonl --tokenizer tokens/tokenizer.json --out tokens
 
-Left out: Unigram, WordPiece and the SentencePiece form of BPE (Llama 2, Mistral). Method: Gage 1994 (the compressor);
-Sennrich, Haddow and Birch 2016, arXiv:1508.07909 (words); Radford et al. 2019, "GPT-2" (bytes, and the pattern).
+`Tokenizer.load` opens other people's files too, also in SentencePiece's form of BPE (Llama 2, Mistral), which starts from
+characters. Left out: Unigram, WordPiece, training in SentencePiece's form. Method: Gage 1994 (the compressor); Sennrich,
+Haddow and Birch 2016, arXiv:1508.07909 (words); Radford et al. 2019, "GPT-2" (bytes, and the pattern).
 """
 
 import argparse
@@ -825,11 +826,7 @@ class Tokenizer:
     def encode(self, text, special="allow"):
         """The token ids of a str, a list. A special token in it becomes its id ("allow"), is read as the characters it
         is written with ("text", right for all text that others wrote), or raises ValueError ("error")."""
-        if special not in ("allow", "text", "error"):
-            raise ValueError(f'special={special!r}: expected "allow", "text" or "error"')
-        parts = [text] if special == "text" else self._split_special(text)
-        if special == "error" and len(parts) > 1:
-            raise ValueError(f'the text holds the special token {parts[1]!r}; special="text" reads it as plain text')
+        parts = self._parts(text, special)
         if len(text) > 2000:  # below, the many small steps of NumPy cost more than they save
             ids, starts = self._encode_texts([utf8(part) for part in parts[::2]])
             if len(parts) > 1:
@@ -845,6 +842,18 @@ class Tokenizer:
                     ids += self._ids_of_word.get(word) or self._encode_new_word(word)
         return ids
 
+    def _parts(self, text, special):
+        """The text as a list, cut at special tokens, which stand at odd places, as far as `special` wants them."""
+        if special not in ("allow", "text", "error"):
+            raise ValueError(f'special={special!r}: expected "allow", "text" or "error"')
+        parts = self._split(text, special != "text")
+        if special == "error" and len(parts) > 1:
+            raise ValueError(f'the text holds the special token {parts[1]!r}; special="text" reads it as plain text')
+        return parts
+
+    def _split(self, text, special):
+        return self._split_special(text) if special else [text]
+
     def _encode_new_word(self, word):
         """The ids of a word, which are remembered."""
         if len(self._ids_of_word) >= 1 << 18:
@@ -853,30 +862,10 @@ class Tokenizer:
         return ids
 
     def _encode_word(self, word):
-        """The ids of one word: its bytes, of which the neighbours that training merged earliest are merged first.
-
-        Looking through the word for each merge would cost n * n for n bytes; a heap of (rank, place), held in one
-        integer, and a linked list of the places still in use make it n log n. At the end stands an id that merges with
-        nothing, and so it does before the start, which is place -1.
-        """
+        """The ids of one word, given in UTF-8: its bytes, merged."""
         if self.ignore_merges and word in self._ids:
             return [self._ids[word]]
-        ids = [self._byte_ids[byte] for byte in word] + [-1]
-        ranks, left, right = self._ranks, list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
-        heap = [ranks[pair] << 32 | i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = divmod(heapq.heappop(heap), 1 << 32)
-            j = right[i]
-            if ids[i] < 0 or ranks.get((ids[i], ids[j])) != rank:  # an earlier merge took one of the two
-                continue
-            ids[i], ids[j] = self._merged[rank], -1
-            right[i] = right[j]
-            left[right[j]] = i
-            for i, j in ((left[i], i), (i, right[i])):
-                if (rank := ranks.get((ids[i], ids[j]))) is not None:
-                    heapq.heappush(heap, rank << 32 | i)
-        return [id for id in ids if id >= 0]
+        return merge_by_rank([self._byte_ids[byte] for byte in word], self._ranks, self._merged)
 
     def _encode_texts(self, texts):
         """The ids of UTF-8 texts, many at once -> (the ids of all, one after the other; where each text's begin, and at
@@ -973,7 +962,8 @@ class Tokenizer:
         content = json.dumps(to_hugging_face(self), ensure_ascii=False, indent=1)
         if path.suffix != ".json":
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            config |= {name: special[self.eot] for name in ("bos_token", "eos_token") if self.eot is not None}
+            if (end := special.get(self.eot)) is not None:
+                config |= {"bos_token": "<s>" if end == "</s>" else end, "eos_token": end}
             config |= {"chat_template": self.chat_template} if self.chat_template else {}
             with replacing(path / "tokenizer_config.json") as file:
                 file.write(json.dumps(config, ensure_ascii=False, indent=2).encode())
@@ -983,8 +973,8 @@ class Tokenizer:
 
     @staticmethod
     def load(path, pattern=None):
-        """A Tokenizer from a tokenizer.json (byte-level BPE), a folder with one, or with GPT-2's vocab.json and
-        merges.txt, or a .tiktoken file of ranks.
+        """A Tokenizer from a tokenizer.json (byte-level BPE; a CharacterTokenizer if it is in SentencePiece's form), a
+        folder with one, or with GPT-2's vocab.json and merges.txt, or a .tiktoken file of ranks.
 
         pattern: one to use in place of the file's own, or of the one that OpenAI's vocabulary of that size goes with.
         ValueError that names the field when the file asks for something that this file does not do.
@@ -1156,6 +1146,32 @@ def utf8(text):
         raise ValueError(f"the text holds a lone surrogate at character {error.start:,}; UTF-8 has none") from None
 
 
+def merge_by_rank(ids, ranks, merged):
+    """The ids of one word, after all merges: those that training learned first go first, the leftmost first among equals.
+
+    ranks: from a pair of ids to the rank of its merge. merged: from the rank to the id that it makes.
+    Looking through the word for each merge would cost n * n for n ids; a heap of (rank, place), held in one integer, and
+    a linked list of the places still in use make it n log n. At the end stands an id that merges with nothing, and so it
+    does before the start, which is place -1.
+    """
+    ids = ids + [-1]
+    left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+    heap = [ranks[pair] << 32 | i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = divmod(heapq.heappop(heap), 1 << 32)
+        j = right[i]
+        if ids[i] < 0 or ranks.get((ids[i], ids[j])) != rank:  # an earlier merge took one of the two
+            continue
+        ids[i], ids[j] = merged[rank], -1
+        right[i] = right[j]
+        left[right[j]] = i
+        for i, j in ((left[i], i), (i, right[i])):
+            if (rank := ranks.get((ids[i], ids[j]))) is not None:
+                heapq.heappush(heap, rank << 32 | i)
+    return [id for id in ids if id >= 0]
+
+
 def merges_of_ranks(ids):
     """The merges of a vocabulary that came without: every way to join two of its tokens to a third, in the order of the
     third's id (tiktoken's form). `ids`: dict from bytes to id."""
@@ -1175,6 +1191,119 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece's form of BPE (Llama 2, Mistral): the merges start from characters, and only rare ones become bytes
+
+
+class CharacterTokenizer(Tokenizer):
+    """A tokenizer.json in SentencePiece's form, put to work. It does all that a Tokenizer does but train.
+
+    Tokens are strings of characters in which "▁" stands for a space, and most texts get a "▁" in front, so that the first
+    word is like the others. A character that the vocabulary lacks becomes its UTF-8 bytes, which have the tokens <0x00>
+    to <0xFF>, or else the token for the unknown. No pattern cuts text into words: a merge may join anything. But where
+    no token has "▁" behind another character, no merge reaches over such a place, and words are what stands between.
+
+    content: what the file holds, which `save` writes again. normalizer: where "▁" is put in front, see `_mark`.
+    Other attributes as of Tokenizer: `vocab` has bytes, with spaces; `merges` pairs of str; `eot` is the id of </s>.
+    """
+
+    def __init__(self, content, normalizer):
+        model, added = content["model"], content.get("added_tokens") or []
+        self.content, self.normalizer, self.ignore_merges, self.chat_template = content, normalizer, False, None
+        self._ids, self.special_tokens = model["vocab"], {token["content"]: token["id"] for token in added}
+        self.eot = self.special_tokens.get("</s>")
+        self.vocab = {id: piece_bytes(name) for name, id in (self._ids | self.special_tokens).items()}
+        self.merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        joined, unknown = list(map("".join, self.merges)), [model["unk_token"]] if model.get("unk_token") else []
+        for needed in itertools.chain(unknown, *self.merges, joined):
+            if needed not in self._ids:
+                raise ValueError(f"the vocabulary lacks {needed!r}, the unknown token or what a merge joins or makes")
+        self._ranks = {(self._ids[a], self._ids[b]): rank for rank, (a, b) in enumerate(self.merges)}
+        self._merged = [self._ids[name] for name in joined]
+        names_of_bytes = [f"<0x{byte:02X}>" if model.get("byte_fallback") else None for byte in range(256)]
+        self._byte_ids = [self._ids.get(name) for name in names_of_bytes]
+        self._unknown, self._fuse = [self._ids[name] for name in unknown], model.get("fuse_unk")
+        drops = not unknown and None in self._byte_ids  # and what stands around a character that is dropped may join
+        reaches = drops or any("▁" in name.lstrip("▁") for name in joined)
+        self.pattern = r"(?s:.+)" if reaches else r"▁*[^▁]+|▁+"
+        self._find_words, self._ids_of_word = regex.compile(self.pattern).findall, {}
+        self._fast = True  # no BatchEncoder to make before workers start
+        # Names that the file calls normalized are looked for later, and as its normalizer leaves them: often with a "▁".
+        self._marks_first = normalizer in ("Prepend", "Replace")  # by a normalizer, that is; or else by a pre_tokenizer
+        late = {token["content"] for token in added if token.get("normalized")}
+        late_ids = {self._mark(name) if self._marks_first else name: self.special_tokens[name] for name in late}
+        self._split_special = compile_special_tokens(self.special_tokens.keys() - late).split
+        self._split_late, self._special_ids = compile_special_tokens(late_ids).split, self.special_tokens | late_ids
+
+    def encode(self, text, special="allow"):
+        """As Tokenizer.encode. What the file would add around a text, such as <s>, is left to the caller."""
+        ids = []
+        for i, part in enumerate(self._parts(text, special)):
+            if i % 2:
+                ids.append(self._special_ids[part])
+            else:
+                for word in self._find_words(part):
+                    ids += self._ids_of_word.get(word) or self._encode_new_word(word)
+        return ids
+
+    def _split(self, text, special):
+        """The parts of a text, marked, with special tokens, if wanted, at odd places."""
+        parts = super()._split(text, special)
+        if self._marks_first:
+            parts = self._mark_parts(parts)
+        if special:
+            parts = [cut for i, part in enumerate(parts) for cut in ([part] if i % 2 else self._split_late(part))]
+        return parts if self._marks_first else self._mark_parts(parts)
+
+    def _mark_parts(self, parts):
+        return [part if i % 2 else self._mark(part, i == 0) for i, part in enumerate(parts)]
+
+    def _mark(self, text, first=True):
+        """The text with "▁" for each space, and one more in front: of any ("Prepend"), of one that does not begin with
+        "▁" ("always"), of such a one where the whole text begins ("first"), or of none ("never", "Replace")."""
+        text = text.replace(" ", "▁")
+        wanted = self.normalizer == "always" or self.normalizer == "first" and first
+        if text and (self.normalizer == "Prepend" or wanted and text[0] != "▁"):
+            text = "▁" + text
+        return text
+
+    def _encode_word(self, word):
+        """The ids of one word, given in UTF-8: its characters, or their bytes, merged."""
+        ids, unknown = [], []
+        for character in word.decode():
+            if character in self._ids:
+                ids += [*unknown, self._ids[character]]
+                unknown = []
+            elif None not in (as_bytes := [self._byte_ids[byte] for byte in character.encode()]):
+                ids += as_bytes  # `unknown` waits on: so it does in `tokenizers`, which we follow
+            else:
+                ids += [] if self._fuse else unknown
+                unknown = self._unknown
+        return merge_by_rank(ids + unknown, self._ranks, self._merged)
+
+    def _encode_texts(self, texts):
+        """As Tokenizer's, one text after the other."""
+        ids = [np.array(self.encode(text.decode(), "text"), np.int32) for text in texts]
+        return np.concatenate([np.empty(0, np.int32), *ids]), np.cumsum([0, *map(len, ids)])
+
+    def encode_batch(self, texts):
+        """The ids of many strings, a list of lists. Special tokens in them are read as text."""
+        return [self.encode(text, "text") for text in texts]
+
+    def decode(self, ids):
+        """The text of a sequence of ids, without the space that `encode` put in front, where the file takes it away.
+
+        `decode_bytes` keeps that space: it is for tokens as they come, whose text is not the first of all.
+        """
+        text, steps = super().decode(ids), self.content["decoder"]["decoders"]
+        return text.removeprefix(" ") if steps[-1]["type"] == "Strip" else text
+
+
+def piece_bytes(name):
+    """What a token of that name stands for: <0x0A> for one byte, other names for their characters, "▁" for a space."""
+    return bytes([int(name[3:5], 16)]) if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name) else name.replace("▁", " ").encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1212,6 +1341,8 @@ def read_json(path):
 
 def to_hugging_face(tokenizer):
     """The content of tokenizer.json for a Tokenizer. ValueError when two ids stand for one token: there, none can."""
+    if isinstance(tokenizer, CharacterTokenizer):
+        return tokenizer.content
     special_ids = set(tokenizer.special_tokens.values())
     names = {id: spell(token) for id, token in sorted(tokenizer.vocab.items()) if id not in special_ids}
     names |= {id: token for token, id in tokenizer.special_tokens.items()}
@@ -1255,8 +1386,22 @@ def from_hugging_face(data, path, pattern=None):
     need(model.get("type") == "BPE", "model.type", model.get("type"), "BPE")
     need(isinstance(model.get("vocab"), dict), "model.vocab", model.get("vocab"), "an object")
     need(isinstance(model.get("merges"), list), "model.merges", model.get("merges"), "a list")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         need(not model.get(field), f"model.{field}", model.get(field), "none")
+    special_tokens = {}
+    for token in data.get("added_tokens") or []:
+        for field in ("single_word", "lstrip", "rstrip"):
+            need(not token.get(field), f"added_tokens {token['content']!r} {field}", token.get(field), "false")
+        special_tokens[token["content"]] = token["id"]
+    if "▁" in model["vocab"]:  # which no byte is written as
+        need(pattern is None, "pattern", pattern, "none, as nothing cuts a text in SentencePiece's form,")
+        normalizer = space_marking(data, need)
+        try:
+            return CharacterTokenizer(data, normalizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    need(not model.get("byte_fallback"), "model.byte_fallback", model.get("byte_fallback"), "none")
     normalizer = (data.get("normalizer") or {"type": None})
     need(normalizer["type"] in (None, "NFC", "NFD", "NFKC", "NFKD"), "normalizer", normalizer, "a Unicode form")
 
@@ -1277,11 +1422,6 @@ def from_hugging_face(data, path, pattern=None):
         own = PATTERNS["digits"]
         need(first.get("individual_digits"), "pre_tokenizer Digits.individual_digits", False, "true")
 
-    special_tokens = {}
-    for token in data.get("added_tokens") or []:
-        for field in ("single_word", "lstrip", "rstrip"):
-            need(not token.get(field), f"added_tokens {token['content']!r} {field}", token.get(field), "false")
-        special_tokens[token["content"]] = token["id"]
     if ENDOFTEXT in model["vocab"]:
         special_tokens.setdefault(ENDOFTEXT, model["vocab"][ENDOFTEXT])
     try:
@@ -1296,6 +1436,28 @@ def from_hugging_face(data, path, pattern=None):
         return Tokenizer(vocab, merges, special_tokens, pattern or own, ignore_merges, normalizer["type"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def space_marking(data, need):
+    """Where a file in SentencePiece's form puts "▁" (see `CharacterTokenizer._mark`): the older ones say so by a
+    normalizer, the newer ones by a pre_tokenizer. `need` refuses what else would change the ids, or their text."""
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = [replace | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    need(not data["model"].get("ignore_merges"), "model.ignore_merges", True, "false")
+    decoder, pre_tokenizer = data.get("decoder") or {}, data.get("pre_tokenizer") or {}
+    need(decoder.get("decoders") in (back, [*back, strip]), "decoder", decoder, "Replace, ByteFallback, Fuse[, Strip]")
+    normalizer, scheme = data.get("normalizer") or {}, pre_tokenizer.get("prepend_scheme")
+    if normalizer:
+        need(not pre_tokenizer, "pre_tokenizer", pre_tokenizer, "null beside a normalizer")
+        steps = normalizer.get("normalizers", [normalizer])
+        need(steps in ([prepend, replace], [replace]), "normalizer", normalizer, '[Prepend "▁" and] Replace " " by "▁"')
+        return steps[0]["type"]
+    need(pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("replacement") == "▁"
+         and pre_tokenizer.get("split") is False and scheme in ("always", "first", "never"), "pre_tokenizer", pre_tokenizer,
+         'Metaspace of "▁", with a prepend_scheme and without split,')
+    return scheme
 
 
 def read_chat_template(folder):
@@ -1539,6 +1701,8 @@ def timed(function, *arguments):
 def command_bench(args):
     """`bpe.py bench`: speed beside the peers that are installed."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if isinstance(tokenizer, CharacterTokenizer):
+        raise ValueError(f"{args.tokenizer} is in SentencePiece's form; bench compares byte-level tokenizers")
     compare_speed(args.files or [local_corpus()[0]], args.vocab_size, tokenizer, args.repeats, args.only)
 
 
@@ -1658,6 +1822,8 @@ def load_tokenizer(path):
 
 def identity(tokenizer):
     """All that decides which ids a text gets."""
+    if isinstance(tokenizer, CharacterTokenizer):
+        return tokenizer.content
     return (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, tokenizer.pattern, tokenizer.ignore_merges,
             tokenizer.normalizer)
 

@@ -342,7 +342,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     i + D/2, as in Hugging Face's Llama; the paper pairs neighbours, which is the same up to a permutation of weights."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1)
 
 
 def attention_mask(queries: int, keys: int, device, causal: bool = True, window: int | None = None,
@@ -429,13 +429,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of new positions to a cache: q (B, Hq, S, D), k and v (B, Hkv, T, D), mask (B, 1, S, T) true where a query may
-    look. The query heads that share a key-value head become more queries of that head, so that the cache, which is all that
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of new positions to a cache: q (B, Hq, S, D), k and v (B, Hkv, T, D), mask (B or 1, 1, S, T) true where a query
+    may look (None: everywhere). The query heads that share a key-value head become more queries of that head, so that the cache, which is all that
     decoding has to read beside the weights, is neither repeated nor read twice."""
     heads, queries, groups = k.shape[1], q.shape[2], q.shape[1] // k.shape[1]
     grouped = q.reshape(len(q), heads, groups * queries, -1)                         # a group's heads stand side by side
-    mask = mask if queries == 1 else mask.repeat(1, 1, groups, 1)                    # (B, 1, G · S, T)
+    mask = mask if mask is None or queries == 1 else mask.repeat(1, 1, groups, 1)    # (B, 1, G · S, T)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -487,30 +487,36 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys, self.values = torch.zeros(2, *shape, device=device, dtype=dtype)  # each (layers, B, Hkv, T, D)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.end = 0                     # no row is longer than this; known to the host, so slicing needs no device sync
+        # what the host knows without asking the device: no row is longer than `end`, and whether all are exactly that long
+        self.end, self.even = 0, True
 
-    def rows(self, first: int, last: int, end: int) -> "KVCache":
-        """The rows from `first` to before `last`, none longer than `end`, as a cache of their own on the same memory."""
+    def rows(self, first: int, last: int, end: int, even: bool) -> "KVCache":
+        """The rows from `first` to before `last`, as a cache of their own on the same memory."""
         part = copy.copy(self)
         part.keys, part.values, part.lengths = self.keys[:, first:last], self.values[:, first:last], self.lengths[first:last]
-        part.end = end
+        part.end, part.even = end, even
         return part
 
     def place(self, count: int):
-        """Say where the next `count` positions of each row stand; once for all layers."""
-        self.row = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]         # (B, 1)
+        """Say where the next `count` positions of each row stand, once for all layers."""
+        self.row = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]              # (B, 1)
         self.positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)     # (B, S)
         self.masks = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, S, D) behind each row; return the layer's keys and values (B, Hkv, end + S, D)."""
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[self.row, :, self.positions] = new.transpose(1, 2).to(store.dtype)
         end = self.end + k.shape[2]
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if self.even:
+                store[:, :, self.end:end] = new
+            else:
+                store[self.row, :, self.positions] = new.transpose(1, 2).to(store.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def mask(self, window: int | None) -> Tensor:
-        """Where the new positions may look: (B, 1, S, end + S); the same for all layers with this window."""
+    def mask(self, window: int | None) -> Tensor | None:
+        """Where the new positions may look, (B, 1, S, end + S), the same for all layers with this window; None: everywhere."""
+        if self.even and window is None and self.positions.shape[1] == 1:
+            return None
         if window not in self.masks:
             key = torch.arange(self.end + self.positions.shape[1], device=self.positions.device)
             query = self.positions[:, None, :, None]                                 # (B, 1, S, 1)
@@ -669,7 +675,7 @@ class Layer(nn.Module):
         self.mlp = MixtureOfExperts(config, ops) if config.num_local_experts else FeedForward(config, ops)
         self.attention_output_layernorm = make_norm(config, ops, "both", "post")
         self.mlp_output_layernorm = make_norm(config, ops, "both", "post")
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, cos, sin, layer, cache, document_ids) -> tuple[Tensor, Tensor | None]:
         """The residual stream behind this layer, and its load-balancing loss; None where it has no experts."""
@@ -745,13 +751,15 @@ class Transformer(nn.Module):
                              "give a shorter sequence")
         if cache is not None:
             cache.place(tokens.shape[1])
-        if cache is None or cache.end == 0:
-            positions = slice(tokens.shape[1])
+        if cache is None or cache.even:
+            positions = slice(end - tokens.shape[1], end)
             cos, sin = self.cos[positions], self.sin[positions]                      # (S, D // 2)
         else:
             positions = cache.positions                                              # (B, S)
             cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]    # (B, 1, S, D // 2)
         x = self.model["embed_tokens"](tokens)                                       # (B, S, hidden_size)
+        if not torch.is_autocast_enabled(x.device.type):
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)                              # once for all layers
         if self.config.position == "learned":
             x = x + self.model["embed_positions"].weight[positions]
         if self.config.position == "sinusoidal":

@@ -510,7 +510,7 @@ class KVCache:
             if self.even:
                 store[:, :, self.end:end] = new
             else:
-                store[self.row, :, self.positions] = new.transpose(1, 2).to(store.dtype)
+                store[self.row, :, self.positions] = new.transpose(1, 2)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def mask(self, window: int | None) -> Tensor | None:
@@ -527,6 +527,22 @@ class KVCache:
         """Every row has grown by `count` positions, in all layers."""
         self.lengths += count
         self.end += count
+
+
+class Linear(nn.Linear):
+    """nn.Linear, except that on `meta`, where there are shapes alone, nothing is drawn: torch takes a second to learn how."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, with the same exception."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -568,10 +584,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.ops, self.window = config, ops, window
         query_size, key_value_size = (h * config.head_dim for h in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
@@ -581,7 +597,8 @@ class Attention(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache | None, document_ids) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in self.project(x))          # (B, S, H, D)
+        batch, count, _ = x.shape
+        q, k, v = (t.view(batch, count, -1, self.config.head_dim) for t in self.project(x))       # (B, S, H, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                             # (B, H, S, D)
@@ -592,8 +609,8 @@ class Attention(nn.Module):
         if cache is None or cache.end == 0:                   # an empty cache: the new positions have only each other
             out = self.ops.attention(q, k, v, causal=True, window=self.window, document_ids=document_ids)
         else:
-            out = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), cache.mask(self.window))
-        return self.o_proj(out.transpose(1, 2).flatten(2))                           # of (B, Hq, S, D)
+            out = cached_attention(q, keys, values, cache.mask(self.window))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))            # of (B, Hq, S, D)
 
 
 class FeedForward(nn.Module):
@@ -603,9 +620,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ops, self.kind = ops, config.feed_forward
         if self.kind == "swiglu":
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+            self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up, each (B, S, intermediate_size). sample.py puts one product in the place of two."""
@@ -643,7 +660,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: Config, ops: Ops):
         super().__init__()
         self.choices = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)      # the router
+        self.gate = Linear(config.hidden_size, config.num_local_experts, bias=False)      # the router
         self.experts = Experts(config, ops)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -700,13 +717,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.model = nn.ModuleDict({                       # the level that Hugging Face's names have: "model.layers.0..."
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config, ops, config.window_of(i)) for i in range(config.num_hidden_layers)),
             "norm": make_norm(config, ops, "pre", "both")})
         if config.position == "learned":
-            self.model["embed_positions"] = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.model["embed_positions"] = Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         cos, sin = rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
@@ -715,7 +732,8 @@ class Transformer(nn.Module):
         if config.position == "sinusoidal":
             table = sinusoidal_table(config.hidden_size, config.max_position_embeddings)
             self.register_buffer("sinusoids", table, persistent=False)
-        self.initialize()
+        if not self.lm_head.weight.is_meta:
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self):

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from model import (PRESETS, Config, KVCache, Parser, Transformer, human, load_pretrained, num_parameters, read_json,
+from model import (PRESETS, Config, KVCache, Parser, Transformer, human, load_pretrained, load_safetensors, num_parameters, read_json,
                    rms_norm, save_pretrained)
 
 
@@ -241,12 +241,12 @@ class Product:
             y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
         else:
             y = F.linear(x, self.weight, self.bias)
-        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
+        return y if len(self.sizes) == 1 else y.split_with_sizes(self.sizes, -1)
 
     def of_int8(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if self.on_cpu and rows <= 24 and x.dtype == torch.bfloat16:
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).unflatten(0, x.shape[:-1])
+            y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
@@ -470,8 +470,12 @@ class Engine:
     def place(self, request: Request):
         """Give `request` the next row, with what another row holds of its prompt."""
         row, prompt = len(self.active), request.context[:-1]
-        common, source = max((shared(held, prompt), -slot) for slot, held in enumerate(self.held))
-        source = -source
+        common = source = 0
+        for slot, held in enumerate(self.held):
+            alike = shared(held, prompt)
+            common, source = (alike, slot) if alike > common else (common, source)
+            if common == len(prompt):
+                break
         if common < max(1, min(16, len(prompt))):
             common = 0
         elif source < row:                               # somebody is writing there
@@ -681,7 +685,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 # Chat: from messages to tokens
 
 # for models that bring no template: with ChatML's tokens (Qwen's and SmolLM's form), and with no special tokens at all
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\n' }}"
 PLAIN = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}Assistant:"
 ROLES = ("system", "user", "assistant")
 
@@ -1575,6 +1579,9 @@ def bench(args):
     rng = random.Random(0)
     prompt = lambda length: [rng.randrange(model.config.vocab_size) for _ in range(length)]
     many = 256 if on_gpu else 16
+    if model.config.max_position_embeddings < 121 + args.max_new_tokens:
+        raise ValueError(f"prompts of up to 120 tokens and --max_new_tokens {args.max_new_tokens} exceed the model's context of "
+                         f"{model.config.max_position_embeddings}; take fewer, or another model")
     work = {"1 prompt of 64": [prompt(64)], f"{many} prompts of 64": [prompt(64) for _ in range(many)],
             f"{many} prompts of 8 to 120": [prompt(rng.randint(8, 120)) for _ in range(many)]}
     kinds = [(torch.bfloat16, False), (torch.bfloat16, True)] if on_gpu else [
@@ -1605,7 +1612,8 @@ def bench(args):
             print(f"{ours + ' against ' + kind:28}" + "".join(f"{ratio:23.2f}x" for ratio in ratios))
     print()
     bench_errors(model, [dtype for dtype, int8 in kinds if not int8], work)
-    bench_load(args.rounds)
+    if not args.model:
+        bench_load(args.rounds)
 
 
 def ours_to_time(model: Transformer, dtype, int8: bool, slots: int, args):
@@ -1658,10 +1666,11 @@ def bench_load(rounds: int):
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(Transformer(config).to(torch.bfloat16), folder)
         path = Path(folder, "model.safetensors")
-        ways = {"load_pretrained": lambda: touch(load_pretrained(folder).parameters())}
+        ways = {"load_pretrained": lambda: touch(load_pretrained(folder).parameters()),
+                "its load_safetensors": lambda: touch(load_safetensors(path).values())}
         try:
             from safetensors.torch import load_file
-            ways["safetensors.load_file"] = lambda: touch(load_file(path).values())
+            ways["safetensors' load_file"] = lambda: touch(load_file(path).values())
         except ImportError:
             pass
         seconds = {name: [] for name in ways}
@@ -1765,7 +1774,7 @@ def arguments(command: str) -> Parser:
     add("--model", help="model folder; none: the newest in runs/" if command != "bench" else "model folder; none: random weights")
     add("--device", help="cuda, mps or cpu; none: the first of these that is there")
     if command == "bench":
-        add("--max_new_tokens", type=int, default=64, help="tokens to decode for each prompt")
+        add("--max_new_tokens", type=int, default=128, help="tokens to decode for each prompt")
         add("--rounds", type=int, default=3, help="how many times each contender is timed")
         add("--compile", action="store_true", help="compile the decoding step")
         return parser

@@ -766,19 +766,25 @@ def log_probs_of(model: Transformer, rows: list[list[int]]) -> list[Tensor]:
     return [line[:len(row) - 1] for line, row in zip(out, rows)]
 
 
-def score(model: Transformer, tokens: list[int], stride: int | None = None) -> Tensor:
+def score(model: Transformer, tokens: list[int], stride: int | None = None, bar: tqdm | None = None) -> Tensor:
     """The log-probability of every token of a text but the first, through a window that is moved by `stride`: each token but
     those of the first window has at least context - stride tokens before it. stride is half of the context by default; 1 is
     the most exact, and takes a pass for each token."""
     context = model.config.max_position_embeddings
     stride = stride or max(1, context // 2)
-    parts, done = [], 1                                  # tokens[:done] are scored, or first
+    windows, done = [], 1                                # tokens[:done] are scored, or first
     for start in range(0, len(tokens), stride):
         window = tokens[start:start + context + 1]
         if start + len(window) > done:
-            parts.append(log_probs_of(model, [window])[0][done - start - 1:])
+            windows.append((window, done - start - 1))
             done = start + len(window)
-    return torch.cat(parts) if parts else torch.empty(0)
+    parts, together = [torch.empty(0)], max(1, 16384 // context)
+    for i in range(0, len(windows), together):
+        group = windows[i:i + together]
+        parts += [log_probs[skip:] for log_probs, (_, skip) in zip(log_probs_of(model, [window for window, _ in group]), group)]
+        if bar is not None:
+            bar.update(sum(map(len, parts[-len(group):])))
+    return torch.cat(parts)
 
 
 def choice_log_probs(model: Transformer, prompt: list[int], choices: list[list[int]]) -> list[float]:
@@ -820,13 +826,12 @@ def score_files(model: Transformer, tokenizer: Tokenizer, args):
         if "choices" in rows[0]:
             score_choices(model, tokenizer, path, rows, start)
             continue
-        total = tokens = letters = 0
-        bar = tqdm(rows, unit="text", desc=Path(path).name, leave=False)
-        for row in bar:
-            ids = tokenizer.encode(row["text"], special="text")
-            scores = score(model, (start or ids[:1]) + (ids if start else ids[1:]), args.stride)
-            total, tokens, letters = total - scores.double().sum().item(), tokens + len(scores), letters + len(row["text"].encode())
-            bar.set_postfix_str(f"{total / max(tokens, 1):.3f} nats/token")
+        texts = [tokenizer.encode(row["text"], special="text") for row in rows]
+        letters, total = sum(len(row["text"].encode()) for row in rows), 0.0
+        tokens = sum(len(start + ids) - 1 for ids in texts)
+        with tqdm(total=tokens, unit="token", unit_scale=True, desc=Path(path).name, leave=False) as bar:
+            for ids in texts:
+                total -= score(model, start + ids, args.stride, bar).double().sum().item()
         if not tokens:
             raise ValueError(f"{path} has a single token, and no token before it to predict it from")
         print(f"{path}: {len(rows):,} text(s), {tokens:,} tokens, {letters:,} bytes\n"

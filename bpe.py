@@ -793,6 +793,8 @@ class Tokenizer:
     or None). `len` is the highest id + 1, the number of rows that a model's embedding needs.
     """
 
+    bos_token = eos_token = None
+
     def __init__(self, vocab, merges, special_tokens=(), pattern=GPT2_PATTERN, ignore_merges=False, normalizer=None):
         self.vocab, self.pattern, self.normalizer = dict(vocab), pattern, normalizer
         self.ignore_merges, self.chat_template = ignore_merges, None
@@ -992,7 +994,8 @@ class Tokenizer:
         else:
             path = path / "tokenizer.json" if path.is_dir() else path
             tokenizer = from_hugging_face(read_json(path), path, pattern)
-            tokenizer.chat_template = read_chat_template(path.parent)
+        if path.suffix != ".tiktoken":
+            read_chat_template(tokenizer, path if path.is_dir() else path.parent)
         return tokenizer
 
 
@@ -1460,15 +1463,20 @@ def space_marking(data, need):
     return scheme
 
 
-def read_chat_template(folder):
-    """The chat template beside a tokenizer.json: chat_template.jinja, or a field of tokenizer_config.json; or None."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.exists() else None
+def read_chat_template(tokenizer, folder):
+    """Give a tokenizer what stands beside its file: chat_template, from chat_template.jinja or a field of
+    tokenizer_config.json; and from the latter, as texts, bos_token and eos_token, which templates write."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+    for name in ("bos_token", "eos_token"):  # a text, or an object that has it
+        token = config.get(name)
+        setattr(tokenizer, name, token.get("content") if isinstance(token, dict) else token)
 
 
 # Of a .tiktoken file the number of ranks tells which of OpenAI's vocabularies it is: those have these special tokens.

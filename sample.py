@@ -25,6 +25,7 @@ import codecs
 import copy
 import dataclasses
 import datetime
+import gzip
 import html
 import json
 import math
@@ -39,6 +40,7 @@ import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections import deque
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,22 +70,29 @@ class Text:
         self.decoder, self.whole, self.settled = codecs.getincrementaldecoder("utf-8")("replace"), "", ""
         self.stopped = False
 
-    def put(self, token: int | None) -> bool:
+    def put(self, token: int | None, may_stop: bool = True) -> bool:
         """Add a token's text, or with None the end; True when a stop string is complete, behind which nothing is settled."""
         if self.stopped:
             return True
         start = max(0, len(self.whole) - max(map(len, self.stops), default=0))
-        self.whole += self.decoder.decode(b"" if token is None else self.tokenizer.decode_bytes([token]), token is None)
-        found = [(self.whole.find(stop, start), stop) for stop in self.stops]
+        self.whole += self.decoder.decode(b"" if token is None else self.bytes_of(token), token is None)
+        stops = self.stops if may_stop else []
+        found = [(self.whole.find(stop, start), stop) for stop in stops]
         place, stop = min(((place, stop) for place, stop in found if place >= 0), default=(-1, ""))
         if place >= 0:
             self.settled, self.stopped = self.whole[:place + len(stop) * self.keep_stop], True
             return True
         # the longest end of the text that a stop string begins with is not settled yet
-        held = 0 if token is None else max((n for stop in self.stops for n in range(1, len(stop)) if self.whole.endswith(stop[:n])),
-                                           default=0)
+        held = 0 if token is None else max((n for stop in stops for n in range(1, min(len(stop), len(self.whole) + 1))
+                                            if self.whole.endswith(stop[:n])), default=0)
         self.settled = self.whole[:len(self.whole) - held]
         return False
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token says: nothing, if it is one of a template's (<|im_start|>), or one that the tokenizer does not know, of
+        which a vocabulary that was padded to a round number has some."""
+        said = self.tokenizer.decode_bytes([token]) if token in self.tokenizer.vocab else b""
+        return b"" if said.startswith(b"<|") and said.endswith(b"|>") and said.decode() in self.tokenizer.special_tokens else said
 
 
 @dataclass(eq=False)
@@ -94,7 +103,8 @@ class Request:
     likeliest tokens (Fan et al. 2018, arXiv 1805.04833); `top_p` of these the smallest set of likeliest ones that makes up p of
     the probability (Holtzman et al. 2019, arXiv 1904.09751); `min_p` those at least p times as probable as the likeliest
     (Nguyen et al. 2024, arXiv 2407.01082). `repetition_penalty` divides positive logits, and multiplies negative ones, of every
-    token that stands in the text (Keskar et al. 2019, arXiv 1909.05858). No ending before `min_tokens`."""
+    token that stands in the text (Keskar et al. 2019, arXiv 1909.05858). Before `min_tokens` no ending id is drawn, and no stop
+    string counts."""
     prompt: list[int]
     max_new_tokens: int = 200
     temperature: float = 1.0
@@ -112,6 +122,14 @@ class Request:
     token_log_probs: list[float] = dataclasses.field(default_factory=list)     # log softmax(logits), whatever the settings above
     finish_reason: str | None = None             # then "stop" (an ending id, a stop), "length" or "cancelled"
 
+    # the engine's: prompt and new tokens, ids that end the text, its random numbers, its text, what `look_up` remembers of it
+    context: list[int] = dataclasses.field(init=False, repr=False)
+    ends: set[int] = dataclasses.field(init=False, repr=False)
+    dice: random.Random = dataclasses.field(init=False, repr=False)
+    _text: Text = dataclasses.field(init=False, repr=False)
+    follow: dict = dataclasses.field(init=False, repr=False)
+    indexed: int = dataclasses.field(init=False, repr=False)
+
     @property
     def text(self) -> str:
         """What the new tokens say as far as it is settled, without ending ids."""
@@ -126,23 +144,31 @@ class Request:
             raise ValueError(f"{name} is empty, and the model has no beginning-of-sequence token to start from")
         if self.prompt and not 0 <= min(self.prompt) <= max(self.prompt) < config.vocab_size:
             raise ValueError(f"{name} has an id outside the vocabulary of {config.vocab_size}")
+        for stop in self.stop:
+            if isinstance(stop, int) and not 0 <= stop < config.vocab_size:
+                raise ValueError(f"stop has the id {stop}, outside the vocabulary of {config.vocab_size}")
+        self.check_settings()
+
+    def check_settings(self):
+        """ValueError in one line for a setting that makes no sense, whatever the model."""
         for field, fine, rule in (
-                ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"), ("temperature", self.temperature >= 0, "at least 0"),
+                ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
+                ("temperature", 0 <= self.temperature < math.inf, "at least 0, and finite"),
                 ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0"), ("min_tokens", self.min_tokens >= 0, "at least 0")):
+                ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+                ("min_tokens", self.min_tokens >= 0, "at least 0")):
             if not fine:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be {rule}")
-        for stop in self.stop:
-            if stop == "":
-                raise ValueError("a stop string is empty; leave it out")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty; leave it out")
 
 
 def ending_ids(config: Config, stop=()) -> set[int]:
     """The ids after which a text ends: the model's own (one, several or none) and those in `stop`."""
     own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return {*own, *(id for id in stop if isinstance(id, int))} - {None}
+    return {id for id in (*own, *stop) if isinstance(id, int) and 0 <= id < config.vocab_size}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -190,9 +216,11 @@ def truncate(p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
         within = values.where(torch.arange(count, device=p.device) < top_k, 0)
         total = torch.where(top_k <= count, within.sum(-1, keepdim=True), 1.0)
         before = within.cumsum(-1) - within                                  # the mass of likelier tokens
-        # the rest matters to no row when the last of these would be left out, or when top_k ends among them
-        if count == p.shape[-1] or (whole | (top_k <= count) | (before[:, -1:] >= top_p * total)).all():
-            return torch.where(whole, p, torch.zeros_like(p).scatter(-1, order, within.where(before < top_p * total, 0)))
+        # the rest matters to no row when top_k ends among these, or when without top_k the last of them would be left out
+        enough = (top_k <= count) | (top_k >= p.shape[-1]) & (before[:, -1:] >= top_p)
+        if count == p.shape[-1] or (whole | enough).all():
+            kept = (before < top_p * total) | (before == 0)                  # the likeliest whatever top_p is
+            return torch.where(whole, p, torch.zeros_like(p).scatter(-1, order, within.where(kept, 0)))
 
 
 def pick(p: Tensor, u: list[float]) -> Tensor:
@@ -246,7 +274,7 @@ class Product:
     def of_int8(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if self.on_cpu and rows <= 24 and x.dtype == torch.bfloat16:
-            y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
@@ -258,16 +286,20 @@ def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @torch.no_grad()
-def prepare(model: Transformer, dtype: torch.dtype | None = None, int8: bool = False, pack: bool = True) -> Transformer:
+def prepare(model: Transformer, dtype: torch.dtype | None = None, int8: bool = False, pack: bool = True,
+            consume: bool = False) -> Transformer:
     """A model for inference alone that computes what `model` does: its own modules, in evaluation mode, on the same tensors
     but for the linear layers, which become `Product`s (with int8 rounded, all but the embedding, the router and the experts,
-    and in bfloat16 otherwise). Later changes to the weights of `model` do not reach it."""
+    and in bfloat16 otherwise). Later changes to the weights of `model` do not reach it. `consume` takes them away from `model`,
+    matrix by matrix, so that there are never two of all."""
     dtype = dtype or (torch.bfloat16 if int8 else model.lm_head.weight.dtype)
     ops = replace(model.ops, rms_norm=fused_rms_norm) if model.ops.rms_norm is rms_norm else model.ops
     with torch.device("meta"):
         ready = Transformer(model.config, ops)
     ready.load_state_dict({name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, assign=True)
     ready = ready.to(model.cos.device).eval().requires_grad_(False)
+    if consume:
+        model.to("meta")
     product = lambda *layers: Product(layers, int8, pack)
 
     def exchange(module: nn.Module, name: str):
@@ -296,11 +328,12 @@ def prepare(model: Transformer, dtype: torch.dtype | None = None, int8: bool = F
 # The engine
 
 class Rows:
-    """A model and its cache: a row for each text that is being written, the busy ones first."""
+    """A model and its cache: a row of `length` positions for each text that is being written, the busy ones first. `held` has
+    the tokens whose keys stand in each row; the engine keeps it, for the draft model's rows and the model's alike."""
 
-    def __init__(self, model: Transformer, slots: int, context: int, compile: bool):
-        self.model, self.device, self.context = model, model.cos.device, context
-        self.cache = KVCache(model.config, slots, context, self.device, model.model["embed_tokens"].weight.dtype)
+    def __init__(self, model: Transformer, held: list[list[int]], length: int, compile: bool):
+        self.model, self.device, self.held, self.length = model, model.cos.device, held, length
+        self.cache = KVCache(model.config, len(held), length, self.device, model.model["embed_tokens"].weight.dtype)
         self.graphs, self.fixed = {}, compile or self.device.type == "cuda"
         self.step = torch.compile(self.run, dynamic=False) if compile else self.run
 
@@ -329,8 +362,9 @@ class Rows:
             return self.run(tokens, self.cache.rows(0, rows, max(lengths), min(lengths) == max(lengths)))
         # shapes that were compiled or recorded can be used again: as many rows and positions as the next power of two
         wide = min(1 << (rows - 1).bit_length(), len(self.cache.lengths))
-        end = min(max(256, 1 << (max(lengths) + count - 1).bit_length()), self.context)
-        # rows that are in use by nobody write to the end of their cache
+        end = min(max(256, 1 << (max(lengths) + count - 1).bit_length()), self.length)
+        for row in range(rows, wide):                    # rows of nobody write, too: behind what they may keep
+            del self.held[row][end - count:]
         self.cache.lengths[:wide].copy_(torch.tensor(lengths + [end - count] * (wide - rows)))
         return self.replay(F.pad(tokens, (0, 0, 0, wide - rows)), end)[:rows]
 
@@ -365,10 +399,10 @@ class Rows:
         for store in (self.cache.keys, self.cache.values):
             store[:, target, :, :count] = store[:, source, :, :count]
 
-    def swap(self, a: int, b: int):
-        """Exchange two rows."""
+    def swap(self, a: int, b: int, count: int):
+        """Exchange the first `count` positions of two rows."""
         for store in (self.cache.keys, self.cache.values):
-            store[:, [a, b]] = store[:, [b, a]]
+            store[:, [a, b], :, :count] = store[:, [b, a], :, :count]
 
 
 class Engine:
@@ -379,28 +413,33 @@ class Engine:
     so that a prompt that begins like a text in any row takes over what is computed already: samples of one prompt, a
     conversation's next turn, questions behind the same examples.
 
-    `draft`, a smaller model with the same tokenizer, or without it a look-up of the latest tokens in the text itself,
-    proposes `speculate` tokens; one pass of the model checks them all (see `verify`)."""
+    `context` positions are kept for each text (by default the model's). `draft`, a smaller model with the same tokenizer, or
+    without it a look-up of the latest tokens in the text itself, proposes `speculate` tokens; one pass of the model checks
+    them all (see `verify`). dtype, int8 and consume are those of `prepare`; what it makes is made once, here."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, slots: int = 16, context: int | None = None,
                  draft: Transformer | None = None, speculate: int = 0, dtype: torch.dtype | None = None, int8: bool = False,
-                 compile: bool = False):
+                 compile: bool = False, consume: bool = False):
         if draft is not None and draft.config.vocab_size != model.config.vocab_size:
             raise ValueError(f"the draft model has {draft.config.vocab_size} tokens and the model {model.config.vocab_size}; "
                              "they must share a tokenizer")
-        for name, value, least in (("slots", slots, 1), ("context", context or 2, 2), ("speculate", speculate, 0)):
+        for name, value, least in (("slots", slots, 1), ("context", 2 if context is None else context, 2), ("speculate", speculate, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings,
-                      *([draft.config.max_position_embeddings] if draft else []))
-        self.target = Rows(prepare(model, dtype, int8, pack=not compile), slots, context, compile)
-        self.model, self.tokenizer, self.slots, self.context = self.target.model, tokenizer, slots, context
-        self.draft = Rows(prepare(draft, dtype, int8, pack=not compile), slots, context, compile) if draft else None
-        self.both = [self.target] + ([self.draft] if draft else [])
-        self.speculate = speculate or (4 if draft else 0)
-        self.waiting, self.active = deque(), []          # the request in active[i] has row i
+        self.tokenizer, self.slots, self.speculate = tokenizer, slots, speculate or (4 if draft else 0)
+        # drafts stand behind a text's last position, so the text has to leave room for them
+        room = min(made.config.max_position_embeddings for made in (model, draft) if made) - self.speculate
+        if room < 2:
+            raise ValueError(f"speculate is {self.speculate}, and the models have no {self.speculate + 2} positions; take fewer")
+        self.context = min(context or room, room)
         self.held = [[] for _ in range(slots)]           # the tokens whose keys stand in each row
-        self.drafted = self.accepted = 0
+        rows = lambda made: Rows(prepare(made, dtype, int8, not compile, consume), self.held, self.context + self.speculate, compile)
+        self.target, self.draft = rows(model), rows(draft) if draft else None
+        self.both = [self.target] + ([self.draft] if draft else [])
+        self.model = self.target.model
+        self.waiting, self.active = deque(), []          # the request in active[i] has row i
+        self.used = [0] * slots                          # when each row was last given away
+        self.drafted = self.accepted = self.steps = 0
 
     @property
     def busy(self) -> bool:
@@ -415,7 +454,7 @@ class Engine:
             raise ValueError(f"stop string {stops[0]!r} needs a tokenizer; give the engine one, or stop at token ids")
         request.context = [*(request.prompt or [self.model.config.bos_token_id])]        # and the new tokens behind it
         request.ends = ending_ids(self.model.config, request.stop)
-        request.random = random.Random(request.seed)
+        request.dice = random.Random(request.seed)
         request._text = Text(self.tokenizer, stops, request.keep_stop)
         request.follow, request.indexed = {}, 1                              # see `look_up`
         if request.max_new_tokens == 0:
@@ -429,8 +468,16 @@ class Engine:
             request.finish_reason = "cancelled"
             if request in self.active:
                 self.release(self.active.index(request))
-            else:
+            elif request in self.waiting:
                 self.waiting.remove(request)
+
+    def reset(self):
+        """Cancel everything and forget all rows, after a step that failed."""
+        for request in (*self.waiting, *self.active):
+            request.finish_reason = "cancelled"
+        self.waiting.clear()
+        self.active.clear()
+        self.held[:] = [[] for _ in self.held]
 
     def step(self) -> list[Request]:
         """One round; the requests that took part."""
@@ -438,8 +485,7 @@ class Engine:
         took_part = list(self.active)
         if not took_part:
             return []
-        room = self.context - 1 - max(map(len, self.held[:len(took_part)]))
-        written = self.draft_and_verify(min(self.speculate, room)) if min(self.speculate, room) > 0 else self.decode()
+        written = self.draft_and_verify(self.speculate) if self.speculate else self.decode()
         for row, (request, new) in enumerate(zip(took_part, written)):
             self.held[row] += [request.context[-1], *(token for token, _ in new[:-1])]
             for token, log_prob in new:
@@ -456,54 +502,67 @@ class Engine:
     def admit(self):
         """Give free rows to those who wait. Prompts that begin alike wait for the first of them, and take over its keys."""
         while self.waiting and len(self.active) < self.slots:
-            wave, heads, later, first = [], set(), [], len(self.active)
-            while self.waiting and first + len(wave) < self.slots:
+            wave, later, first = {}, [], len(self.active)                    # prompts of the wave by their beginning
+            chosen, free = [], self.slots - first
+            while self.waiting and len(chosen) + len(later) < free:
                 request = self.waiting.popleft()
-                head = tuple(request.context[:-1][:64])
-                (later if head and head in heads else wave).append(request)
-                heads.add(head)
+                prompt = request.context[:-1]
+                alike = wave.setdefault(tuple(prompt[:64]), prompt)
+                waits = alike is not prompt and shared(alike, prompt) > self.taken_over(prompt)[0] + 15
+                (later if waits else chosen).append(request)
             self.waiting.extendleft(reversed(later))
-            for request in sorted(wave, key=lambda request: len(request.context)):       # alike in length: little padding
+            for request in sorted(chosen, key=lambda request: len(request.context)):     # alike in length: little padding
                 self.place(request)
             self.prefill(first)
+
+    def taken_over(self, prompt: list[int]) -> tuple[int, int]:
+        """How much of a prompt stands in the row that holds most of it, and which row that is."""
+        common = row = 0
+        for slot, held in enumerate(self.held):
+            alike = shared(held, prompt)
+            common, row = (alike, slot) if alike > common else (common, row)
+            if common == len(prompt):
+                break
+        return common, row
 
     def place(self, request: Request):
         """Give `request` the next row, with what another row holds of its prompt."""
         row, prompt = len(self.active), request.context[:-1]
-        common = source = 0
-        for slot, held in enumerate(self.held):
-            alike = shared(held, prompt)
-            common, source = (alike, slot) if alike > common else (common, source)
-            if common == len(prompt):
-                break
-        if common < max(1, min(16, len(prompt))):
-            common = 0
-        elif source < row:                               # somebody is writing there
+        common, source = self.taken_over(prompt)
+        common = common if common >= max(1, min(16, len(prompt))) else 0
+        if common and source > row:                      # a free row that begins like this
+            self.swap(source, row)
+        elif not common or source < row:                 # the free row that was given away longest ago
+            self.swap(min(range(row, self.slots), key=lambda free: (bool(self.held[free]), self.used[free])), row)
+        if common and source < row:                      # somebody is writing there
             for rows in self.both:
                 rows.copy(source, row, common)
-        elif source > row:
-            self.swap(source, row)
         self.held[row] = prompt[:common]
+        self.steps += 1
+        self.used[row] = self.steps
         self.active.append(request)
 
     def prefill(self, first: int):
         """Run what the rows from `first` do not hold of their prompts, those of similar length together."""
-        rows = [row for row in range(first, len(self.active)) if len(self.held[row]) < len(self.active[row].context) - 1]
+        rest = {row: self.active[row].context[len(self.held[row]):-1] for row in range(first, len(self.active))}
+        rows = [row for row in rest if rest[row]]
         while rows:
-            group, texts = [], []
-            while rows:
-                row = rows[0]
-                more = texts + [self.active[row].context[len(self.held[row]):-1]]
-                longest = max(map(len, more))
-                if group and (row != group[-1] + 1 or bool(self.held[row]) != bool(self.held[group[0]])
-                              or longest * len(more) > min(8192, 1.25 * sum(map(len, more)))
-                              or longest + max(len(self.held[r]) for r in [*group, row]) > self.context):
-                    break
-                group, texts = [*group, rows.pop(0)], more
+            group = [rows.pop(0)]
+            while rows and self.go_together([*group, rows[0]], rest):
+                group.append(rows.pop(0))
             for part in self.both:
-                part.prefill(group[0], [len(self.held[row]) for row in group], texts)
-            for row, text in zip(group, texts):
-                self.held[row] += text
+                part.prefill(group[0], [len(self.held[row]) for row in group], [rest[row] for row in group])
+            for row in group:
+                self.held[row] += rest[row]
+
+    def go_together(self, rows: list[int], rest: dict[int, list[int]]) -> bool:
+        """Whether these rows can be prefilled as one: neighbours, all from the beginning or none (an empty cache has a faster
+        attention), at most a fifth of it padding, of 8,192 positions at most, which keep any device busy, and none of it
+        beyond the rows' end."""
+        longest = max(len(rest[row]) for row in rows)
+        return (rows[-1] - rows[0] == len(rows) - 1 and len({bool(self.held[row]) for row in rows}) == 1
+                and longest * len(rows) <= min(8192, 1.25 * sum(len(rest[row]) for row in rows))
+                and longest + max(len(self.held[row]) for row in rows) <= self.target.length)
 
     # --- tokens
 
@@ -521,7 +580,7 @@ class Engine:
             tokens = logits.float().argmax(-1)
         else:
             p = probabilities(logits, self.active, self.seen())
-            tokens = pick(p, [request.random.random() for request in self.active])
+            tokens = pick(p, [request.dice.random() for request in self.active])
         return [[pair] for pair in zip(tokens.tolist(), self.log_probs(logits, tokens))]
 
     def seen(self) -> Tensor | None:
@@ -557,7 +616,7 @@ class Engine:
         drafts, q, seen = [], [], self.seen()
         for place in range(count):
             p = probabilities(self.draft.forward(token, [n + place for n in lengths])[:, 0], self.active, seen, place)
-            token = pick(p, [request.random.random() for request in self.active])[:, None]
+            token = pick(p, [request.dice.random() for request in self.active])[:, None]
             seen = seen if seen is None else seen.scatter(1, token, True)
             drafts.append(token)
             q.append(p)
@@ -588,7 +647,7 @@ class Engine:
         tokens, seen = F.pad(drafts, (0, 1)), self.seen()
         counts = torch.zeros(len(drafts), dtype=torch.int64, device=drafts.device)
         alive = torch.ones_like(counts, dtype=torch.bool)
-        uniform = lambda: [request.random.random() for request in self.active]
+        uniform = lambda: [min(request.dice.random(), 1 - 2 ** -24) for request in self.active]    # below 1 in float32, too
         for place in range(drafts.shape[1] + 1):
             p = probabilities(logits[:, place], self.active, seen, place)
             stands, rest = torch.zeros_like(alive), p
@@ -598,6 +657,7 @@ class Engine:
                 odds = (p.gather(1, draft) / asked.gather(1, draft))[:, 0]
                 stands = torch.tensor(uniform(), device=p.device) < odds
                 rest = (p - asked).clamp(min=0)
+                rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # where p = q nothing is refused, but for rounding
             drawn = pick(rest, uniform())
             tokens[:, place] = torch.where(alive & ~stands, drawn, tokens[:, place])
             counts += alive
@@ -612,7 +672,8 @@ class Engine:
         request.context.append(token)
         if request.log_probs:
             request.token_log_probs.append(log_prob)
-        if token in request.ends or self.tokenizer is not None and request._text.put(token):
+        may_stop = len(request.tokens) >= request.min_tokens
+        if token in request.ends or self.tokenizer is not None and request._text.put(token, may_stop):
             request.finish_reason = "stop"
         elif len(request.tokens) == request.max_new_tokens or len(request.context) == self.context:
             request.finish_reason = "length"
@@ -630,10 +691,13 @@ class Engine:
         self.active.pop()
 
     def swap(self, a: int, b: int):
-        """Exchange two rows of every cache."""
-        for rows in self.both:
-            rows.swap(a, b)
+        """Exchange two rows of every cache, as far as they hold something."""
+        count = max(len(self.held[a]), len(self.held[b]))
+        if a != b and count:
+            for rows in self.both:
+                rows.swap(a, b, count)
         self.held[a], self.held[b] = self.held[b], self.held[a]
+        self.used[a], self.used[b] = self.used[b], self.used[a]
 
     def run(self, requests: list[Request], progress: bool = False) -> list[Request]:
         """Submit requests and step until all of them are done."""
@@ -713,18 +777,27 @@ def chat_tokens(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
             raise ValueError(f"message {number} has content {message.get('content')!r}; it must be text")
     if not messages:
         raise ValueError("there is no message; give at least one")
-    said = [message["content"] for message in messages if message["role"] != "assistant"]
-    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    if not any(name in text for name in names for text in said):
+    messages, mark = break_special_tokens(tokenizer, messages)
+    if not mark:                                         # nobody said one: all that the template writes are meant
         return tokenizer.encode(render(tokenizer, messages), special="allow")
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in said))   # private use
-    for name in names:                                   # breaks the spelling until special tokens are found
-        messages = [message if message["role"] == "assistant" else
-                    message | {"content": message["content"].replace(name, name[0] + mark + name[1:])} for message in messages]
-    ids = []
+    ids, names = [], sorted(tokenizer.special_tokens, key=len, reverse=True)
     for i, part in enumerate(regex.split("(" + "|".join(map(regex.escape, names)) + ")", render(tokenizer, messages))):
         ids += [tokenizer.special_tokens[part]] if i % 2 else tokenizer.encode(part.replace(mark, ""), special="text")
     return ids
+
+
+def break_special_tokens(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[dict], str]:
+    """The messages with a mark, a character that nobody uses, inside of every special token that somebody spells; and the
+    mark, "" if there is none to break. What the assistant thought stays marked as such: templates look for it."""
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in message["content"] for message in messages))
+    broken = []
+    for message in messages:
+        text = message["content"]
+        for name in tokenizer.special_tokens:
+            if len(name) > 1 and not (message["role"] == "assistant" and name in ("<think>", "</think>")):
+                text = text.replace(name, name[0] + mark + name[1:])
+        broken.append(message | {"content": text})
+    return broken, mark if any(mark in message["content"] for message in broken) else ""
 
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> str:
@@ -739,13 +812,14 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> str:
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                                extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    names = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
+    template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", chat_template(tokenizer)[0])         # marks for training
+    names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     try:
-        return environment.from_string(chat_template(tokenizer)[0]).render(
-            messages=messages, add_generation_prompt=True, tools=None, **names)
-    except (jinja2.TemplateError, TypeError) as error:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None, **names)
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from None
 
 
@@ -771,7 +845,9 @@ def score(model: Transformer, tokens: list[int], stride: int | None = None, bar:
     those of the first window has at least context - stride tokens before it. stride is half of the context by default; 1 is
     the most exact, and takes a pass for each token."""
     context = model.config.max_position_embeddings
-    stride = stride or max(1, context // 2)
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride is {stride}; it must be at least 1 and at most the context, {context}, or tokens are left out")
     windows, done = [], 1                                # tokens[:done] are scored, or first
     for start in range(0, len(tokens), stride):
         window = tokens[start:start + context + 1]
@@ -788,7 +864,9 @@ def score(model: Transformer, tokens: list[int], stride: int | None = None, bar:
 
 
 def choice_log_probs(model: Transformer, prompt: list[int], choices: list[list[int]]) -> list[float]:
-    """The log-probability of each choice's tokens behind the prompt's (one token at least)."""
+    """The log-probability of each choice's tokens behind the prompt's (one token at least, in either)."""
+    if not prompt:
+        raise ValueError("the prompt is empty, and a choice's first token needs one before it")
     for name, choice in enumerate(choices, 1):
         if not choice or len(prompt) + len(choice) > model.config.max_position_embeddings:
             raise ValueError(f"choice {name} has {len(choice)} tokens behind a prompt of {len(prompt)}; they must be one at "
@@ -797,28 +875,36 @@ def choice_log_probs(model: Transformer, prompt: list[int], choices: list[list[i
 
 
 def read_documents(path: str) -> list[dict]:
-    """The rows of a .jsonl, or {"text"} for every text of a file, which `<|endoftext|>` separates."""
-    text = Path(path).read_bytes()
+    """The rows of a .jsonl, each with "text" or each with "choices", or {"text"} for every text of another file, in which
+    `<|endoftext|>` ends one. Either may be .gz."""
     try:
-        text = text.decode()
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    if not path.endswith(".jsonl"):
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not gzip, or cut short ({error})") from None
+    if not path.removesuffix(".gz").endswith(".jsonl"):
         return [{"text": part} for part in text.split("<|endoftext|>") if part.strip()]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
-        if rows and not (isinstance(rows[-1], dict) and (isinstance(rows[-1].get("text"), str) or rows[-1].get("choices"))):
-            raise ValueError(f'{path}, line {number} has neither "text" nor "choices"')
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str) and not list_of(str, row.get("choices")):
+            raise ValueError(f'{path}, line {number} has neither a "text" nor "choices", a list of texts')
+        if rows and ("choices" in row) != ("choices" in rows[0]):
+            raise ValueError(f'{path}, line {number}: some rows have "choices" and some have not; make two files of them')
+        rows.append(row)
     return rows
 
 
 def score_files(model: Transformer, tokenizer: Tokenizer, args):
     """Perplexity and bits per byte of texts; of rows with choices, which one the model finds likeliest."""
-    model, start = prepare(model, args.dtype, args.int8), tokenizer.start
+    start = tokenizer.start
     for path in args.files:
         rows = read_documents(path)
         if not rows:
@@ -826,12 +912,14 @@ def score_files(model: Transformer, tokenizer: Tokenizer, args):
         if "choices" in rows[0]:
             score_choices(model, tokenizer, path, rows, start)
             continue
-        texts = [tokenizer.encode(row["text"], special="text") for row in rows]
-        letters, total = sum(len(row["text"].encode()) for row in rows), 0.0
-        tokens = sum(len(start + ids) - 1 for ids in texts)
+        texts = [start + tokenizer.encode(row["text"], special="text") for row in rows]
+        tokens, total = sum(max(0, len(ids) - 1) for ids in texts), 0.0
+        # a text's first token has nothing to be predicted from, so its bytes do not count either
+        letters = sum(len(row["text"].encode()) for row in rows) - sum(
+            len(tokenizer.decode_bytes(ids[:1])) for ids in texts if not start)
         with tqdm(total=tokens, unit="token", unit_scale=True, desc=Path(path).name, leave=False) as bar:
             for ids in texts:
-                total -= score(model, start + ids, args.stride, bar).double().sum().item()
+                total -= score(model, ids, args.stride, bar).double().sum().item()
         if not tokens:
             raise ValueError(f"{path} has a single token, and no token before it to predict it from")
         print(f"{path}: {len(rows):,} text(s), {tokens:,} tokens, {letters:,} bytes\n"
@@ -846,7 +934,7 @@ def score_choices(model: Transformer, tokenizer: Tokenizer, path: str, rows: lis
         prompt, choices, answer = row.get("prompt", row.get("question")), row.get("choices"), row.get("answer")
         letters = [chr(ord("A") + i) for i in range(len(choices or ()))]
         answer = letters.index(answer) if answer in letters else answer
-        if not isinstance(prompt, str) or not choices or answer not in range(len(choices)):
+        if not isinstance(prompt, str) or not choices or type(answer) is not int or answer not in range(len(choices)):
             raise ValueError(f'{path}, row {number} needs "prompt" or "question", "choices", and as "answer" the place of one, '
                              f"from 0, or its letter; its answer is {row.get('answer')!r}")
         choices = [choice if choice[:1].isspace() else " " + choice for choice in choices]
@@ -863,25 +951,19 @@ def score_choices(model: Transformer, tokenizer: Tokenizer, path: str, rows: lis
 # ------------------------------------------------------------------------------------------------------------------
 # Opening a folder
 
-def open_folder(args) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer that the command line asks for."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def open_folder(folder, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model in a folder, and its tokenizer with what stands before a text as `start`; on the first device that is there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device is {device!r}; it must be cuda, mps or cpu")
     if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device is {device}, and this machine has none; take cpu")
-    args.model = args.model or str(newest_run())
-    folder = Path(args.model)
-    model = load_pretrained(folder, device=device, dtype=args.dtype)
-    tokenizer = Tokenizer.load(folder)
+    folder = Path(folder)
+    model, tokenizer = load_pretrained(folder, device=device, dtype=dtype), Tokenizer.load(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}")
     beside = folder / "tokenizer_config.json"
-    settings = read_json(beside) if beside.exists() else {}
-    for name in ("bos_token", "eos_token"):              # a text, or an object that has it
-        token = settings.get(name)
-        setattr(tokenizer, name, token.get("content") if isinstance(token, dict) else token)
-    tokenizer.start = start_of_text(folder, settings, tokenizer, model.config)
+    tokenizer.start = start_of_text(folder, read_json(beside) if beside.exists() else {}, tokenizer, model.config)
     return model, tokenizer
 
 
@@ -912,7 +994,11 @@ def preferences(folder: Path) -> dict:
     values = read_json(path) if path.exists() else {}
     if values.get("do_sample") is False:
         return {}
-    return {name: values[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if values.get(name)}
+    own = {name: values[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if values.get(name)}
+    for name, value in own.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a number")
+    return own
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -978,6 +1064,7 @@ class Worker(threading.Thread):
                 traceback.print_exc()
                 for reader in set(self.readers.values()):
                     reader.put(Refused(500, FAILED))
+                self.engine.reset()
                 self._drop(list(self.readers))
 
     def _admit(self, requests, reader):
@@ -1014,8 +1101,9 @@ def list_of(kind: type, value) -> bool:
 # The fields of a body, and what their values must be. null is the same as leaving the field out.
 TYPES = {
     "a string": lambda value: isinstance(value, str),
-    "a string or a list of strings, none of them empty":
-        lambda value: value == [] or (isinstance(value, str) or list_of(str, value)) and "" not in [value, *value],
+    "a string or a list of up to 16, each of 1 to 256 characters":
+        lambda value: value == [] or (isinstance(value, str) or list_of(str, value) and len(value) <= 16) and
+        all(0 < len(stop) <= 256 for stop in ([value] if isinstance(value, str) else value)),
     "a string, a list of strings, a list of token ids or a list of such lists":
         lambda value: isinstance(value, str) or list_of(str, value) or list_of(int, value) or
         list_of(list, value) and all(item == [] or list_of(int, item) for item in value),
@@ -1030,7 +1118,7 @@ TYPES = {
 FIELDS = {
     "model": "a string", "stream": "true or false", "stream_options": "an object", "n": "a whole number above 0",
     "max_tokens": "a whole number above 0", "max_completion_tokens": "a whole number above 0", "seed": "a whole number",
-    "temperature": "a number", "top_p": "a number", "stop": "a string or a list of strings, none of them empty",
+    "temperature": "a number", "top_p": "a number", "stop": "a string or a list of up to 16, each of 1 to 256 characters",
     # as in vLLM
     "top_k": "a whole number", "min_p": "a number", "repetition_penalty": "a number", "min_tokens": "a whole number",
     "include_stop_str_in_output": "true or false",
@@ -1170,7 +1258,8 @@ def parse_call(body: dict, chat: bool, server) -> Call:
 def completion_prompts(engine, prompt) -> list[list[int]]:
     """The ids of the field `prompt`: one prompt or several, as texts (that begin as the model's texts do) or as ids."""
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    return [engine.tokenizer.start + engine.tokenizer.encode(item, special="text") if isinstance(item, str) else item for item in several]
+    start = getattr(engine.tokenizer, "start", [])
+    return [start + engine.tokenizer.encode(item, special="text") if isinstance(item, str) else item for item in several]
 
 
 def chat_prompt(engine, messages) -> list[list[int]]:
@@ -1182,6 +1271,9 @@ def chat_prompt(engine, messages) -> list[list[int]]:
         return "".join(parts) if list_of(str, parts) and len(parts) == len(content) else content
     plain = [{"role": message.get("role"), "content": text(message.get("content"))} for message in messages]
     for number, message in enumerate(plain):
+        unknown = [key for key, value in messages[number].items() if key not in ("role", "content", "name") and value]
+        if unknown:
+            raise Refused(400, f"messages[{number}] has {short(unknown[0])}, which this server cannot do; leave it out", "messages")
         if not all(isinstance(value, str) for value in message.values()):
             raise Refused(400, f"messages[{number}] is {short(messages[number])}; it must have a role and a content: "
                                'a string, or a list of {"type": "text", "text": ...}', "messages")
@@ -1626,7 +1718,7 @@ def ours_to_time(model: Transformer, dtype, int8: bool, slots: int, args):
     engine = Engine(model, slots=slots, context=120 + args.max_new_tokens + 1, dtype=dtype, int8=int8, compile=args.compile)
 
     def run(prompts):
-        engine.held = [[] for _ in engine.held]                              # nothing from the round before
+        engine.reset()                                                       # nothing from the round before
         engine.run([Request(prompt, args.max_new_tokens, temperature=0, stop=()) for prompt in prompts])
     return run
 
@@ -1735,7 +1827,7 @@ def report(engine: Engine, requests: list[Request], seconds: float):
 
 def new_request(args, prompt: list[int], number: int = 0, stop: tuple = ()) -> Request:
     """A request with the settings of the command line."""
-    return Request(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+    return Request(prompt, 200 if args.max_new_tokens is None else args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                    args.min_tokens, (*stop, *(args.stop or ())), args.keep_stop, None if args.seed is None else args.seed + number)
 
 
@@ -1753,7 +1845,7 @@ def chat(engine: Engine, args):
         asked = [*messages, {"role": "user", "content": text}]
         try:
             request = new_request(args, chat_tokens(engine.tokenizer, asked), len(messages), chat_template(engine.tokenizer)[1])
-            request.max_new_tokens = min(args.max_new_tokens, max(1, engine.context - len(request.prompt)))
+            request.max_new_tokens = max(1, min(args.max_new_tokens or 2048, engine.context - len(request.prompt)))
             engine.submit(request)
         except ValueError as error:                                          # too long, most likely: no reason to leave
             print(f"sample.py: {error}", file=sys.stderr)
@@ -1830,23 +1922,27 @@ def main():
         if args.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype is {args.dtype!r}; it must be float32, bfloat16 or float16")
         args.dtype = getattr(torch, args.dtype) if args.dtype else None
+        args.model = args.model or str(newest_run())
         if command == "score":
             if args.stride is not None and args.stride < 1:
                 raise ValueError(f"--stride is {args.stride}; it must be at least 1")
-            model, tokenizer = open_folder(args)
+            model, tokenizer = open_folder(args.model, args.device, args.dtype)
+            ready = prepare(model, int8=args.int8, consume=True)
+            del model
             print(f"[{args.model}]", flush=True)
-            return score_files(model, tokenizer, args)
+            return score_files(ready, tokenizer, args)
         if args.num_samples < 1:
             raise ValueError(f"--num_samples is {args.num_samples}; it must be at least 1")
-        model, tokenizer = open_folder(args)
+        use_preferences(args)
+        new_request(args, [0]).check_settings()                              # before a large model is opened for nothing
+        model, tokenizer = open_folder(args.model, args.device, args.dtype)
         talks = args.chat or bool(tokenizer.chat_template) and not args.prompt and not args.interactive
-        use_preferences(args, talks)
         draft = load_pretrained(args.draft, device=model.cos.device, dtype=args.dtype) if args.draft else None
         wanted = len(args.prompt or [""]) * args.num_samples
-        slots = args.slots if args.serve else 1 if talks or args.interactive else min(args.slots, wanted)
-        engine = Engine(model, tokenizer, slots, args.context or min(model.config.max_position_embeddings, 4096), draft,
-                        args.speculate, None, args.int8, args.compile)
-        del model, draft                                                     # the engine has made its own of them
+        slots = args.slots if args.serve else min(args.slots, 1 if talks or args.interactive else wanted)
+        context = min(model.config.max_position_embeddings, 4096) if args.context is None else args.context
+        engine = Engine(model, tokenizer, slots, context, draft, args.speculate, None, args.int8, args.compile, consume=True)
+        del model, draft                                                     # what the engine has made of them is left
         print(f"[{args.model}]", flush=True)
         if args.serve:
             fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -1872,13 +1968,12 @@ def main():
         parser.error(error)
 
 
-def use_preferences(args, talks: bool):
+def use_preferences(args):
     """Fill in what the command line leaves open: the model's own sampling settings, or ours."""
     own = preferences(Path(args.model))
     for name, usual in (("temperature", 0.8), ("top_k", None), ("top_p", None), ("min_p", None), ("repetition_penalty", 1.0)):
         if getattr(args, name) is None:
             setattr(args, name, own.get(name, usual))
-    args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 2048 if talks else 200
 
 
 if __name__ == "__main__":

@@ -137,6 +137,10 @@ class Request:
 
     def check(self, config: Config, name: str = "the prompt"):
         """ValueError in one line for what cannot be generated."""
+        if not isinstance(self.prompt, list) or not all(isinstance(id, int) for id in self.prompt):
+            raise ValueError(f"{name} is {short(self.prompt)}; it must be a list of token ids")
+        if self.tokens or self.finish_reason:
+            raise ValueError(f"{name} belongs to a request that was answered before; make a new one")
         if len(self.prompt) >= config.max_position_embeddings:
             raise ValueError(f"{name} has {len(self.prompt)} tokens and the context holds {config.max_position_embeddings}, "
                              "one of which the first new token needs: nothing was generated; shorten the prompt")
@@ -734,7 +738,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     the same tokens, and equal prompts draw independently. Further settings, such as min_p and min_tokens, are those of
     `Request`; draft, speculate, dtype and int8 those of `Engine`. ValueError for a prompt that fills the context, ids outside
     the vocabulary, or settings out of range."""
-    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, stop=tuple(stop or ()), log_probs=log_probs,
+    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), log_probs=log_probs,
                         seed=None if seed is None else seed + number, **settings) for number, prompt in enumerate(prompts)]
     for number, request in enumerate(requests, 1):
         request.check(model.config, f"prompt {number}")
@@ -1076,8 +1080,8 @@ class Worker(threading.Thread):
                 self.readers[request] = reader
         except ValueError as error:
             self._drop(requests)
-            field = str(error).partition(" ")[0]                             # "temperature is -1; it must be ..."
-            reader.put(Refused(400, str(error), field if field in FIELDS else None))
+            field = str(error).removeprefix("the ").partition(" ")[0]        # "temperature is -1; ...", "the prompt has ..."
+            reader.put(Refused(400, str(error), field if field in {"prompt", *FIELDS} else None))
         except Exception:
             reader.put(Refused(500, FAILED))
             raise
@@ -1246,9 +1250,10 @@ def parse_call(body: dict, chat: bool, server) -> Call:
                         keep_stop=given.get("include_stop_str_in_output", False),
                         log_probs=given.get("logprobs", False) is not False, **settings)   # 0 asks for them too
                 for prompt in prompts for i in range(n)]
-    stream, include_usage = given.get("stream", False), given.get("stream_options", {}).get("include_usage") or False
-    if not isinstance(include_usage, bool):
-        raise Refused(400, f"include_usage is {short(include_usage)}; it must be true or false", "stream_options")
+    stream, options = given.get("stream", False), given.get("stream_options", {})
+    include_usage = options.get("include_usage") or False
+    if not isinstance(include_usage, bool) or options.keys() - {"include_usage"}:
+        raise Refused(400, f"stream_options is {short(options)}; it may have include_usage, true or false", "stream_options")
     head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "text_completion" if not chat else "chat.completion.chunk" if stream else "chat.completion",
             "created": int(time.time()), "model": server.name}
@@ -1269,7 +1274,8 @@ def chat_prompt(engine, messages) -> list[list[int]]:
             return content
         parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         return "".join(parts) if list_of(str, parts) and len(parts) == len(content) else content
-    plain = [{"role": message.get("role"), "content": text(message.get("content"))} for message in messages]
+    roles = [{"developer": "system"}.get(role, role) if isinstance(role := message.get("role"), str) else role for message in messages]
+    plain = [{"role": role, "content": text(message.get("content"))} for role, message in zip(roles, messages)]
     for number, message in enumerate(plain):
         unknown = [key for key, value in messages[number].items() if key not in ("role", "content", "name") and value]
         if unknown:
@@ -1288,7 +1294,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60                            # seconds that a client may be silent in the middle of a request, or between two
     disable_nagle_algorithm = True          # a token goes out when it is there
-    paths = {"/": "GET", "/health": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """What there is, and how it is asked for."""
+        return {"/": "GET", "/health": "GET", "/v1/models": "GET", f"/v1/models/{self.server.name}": "GET",
+                "/v1/completions": "POST", "/v1/chat/completions": "POST"}
 
     def route(self):
         """Any request: read all of it, so that the next on this connection is found where it begins; check, answer, log."""
@@ -1302,9 +1313,9 @@ class Handler(BaseHTTPRequestHandler):
             elif path == "/health":
                 alive = self.server.worker.is_alive()
                 self.reply(200 if alive else 503, {"status": "ok" if alive else "the engine's thread has ended"})
-            elif path == "/v1/models":
+            elif path.startswith("/v1/models"):
                 about = {"id": self.server.name, "object": "model", "created": self.server.created, "owned_by": "local"}
-                self.reply(200, {"object": "list", "data": [about]})
+                self.reply(200, {"object": "list", "data": [about]} if path == "/v1/models" else about)
             else:
                 self.generate(parse_call(parse_body(body), path == "/v1/chat/completions", self.server))
         except Refused as error:
@@ -1487,12 +1498,16 @@ class Server(ThreadingHTTPServer):
 def serve(engine, name: str, host: str = "127.0.0.1", port: int = 8000, defaults: dict | None = None, log: bool = True,
           max_body: int = 10 ** 6, max_waiting: int = 256):
     """Answer HTTP requests until Ctrl-C: POST /v1/completions and /v1/chat/completions, GET /v1/models and /health, and at /
-    a page to talk to the model. OSError when the port is taken.
+    a page to talk to the model. ValueError when the port is taken.
 
     name: what the model is called on the wire. host: with 127.0.0.1 only this machine can ask; with 0.0.0.0 everybody who
     reaches it, for there are no passwords. defaults: fields of Request, for what a body leaves out. log: a line on stderr
     for each request. max_body: bytes of a body, more are 413. max_waiting: requests that may wait, more are 429."""
-    with Server(engine, name, host, port, defaults, log, max_body, max_waiting) as server:
+    try:
+        listening = Server(engine, name, host, port, defaults, log, max_body, max_waiting)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}; try another --port") from None
+    with listening as server:
         print(f"[{name} at {server.url}: a page to talk to it, and OpenAI's protocol under /v1; Ctrl-C ends it]", flush=True)
         try:
             server.serve_forever()
@@ -1691,16 +1706,15 @@ def bench(args):
         if peer:
             contenders[f"transformers, {str(dtype).removeprefix('torch.')}"] = peer
     print(f"decode {args.max_new_tokens} tokens a prompt, greedily; tokens/s with the prompts' prefill, median of {args.rounds} rounds\n")
-    print(f"{'':28}" + "".join(f"{name:>24}" for name in work))
     rates = {name: {task: [] for task in work} for name in contenders}
-    for task, prompts in work.items():
-        for round in range(args.rounds + 1):                                 # the first one warms up
-            for name, run in contenders.items():
-                start = time.perf_counter()
-                run(prompts)
-                if round:
-                    rates[name][task].append(len(prompts) * args.max_new_tokens / (time.perf_counter() - start))
+    turns = [(task, round, name) for task in work for round in range(args.rounds + 1) for name in contenders]
+    for task, round, name in tqdm(turns, unit="run", leave=False):
+        start = time.perf_counter()
+        contenders[name](work[task])
+        if round:                                                            # the first one warms up
+            rates[name][task].append(len(work[task]) * args.max_new_tokens / (time.perf_counter() - start))
     median = lambda values: sorted(values)[len(values) // 2]
+    print(f"{'':28}" + "".join(f"{name:>24}" for name in work))
     for name in contenders:
         print(f"{name:28}" + "".join(f"{median(rates[name][task]):24,.0f}" for task in work))
     for name, kind in ((name, name.removeprefix("transformers, ")) for name in contenders if name.startswith("transformers")):
@@ -1806,14 +1820,15 @@ def speak(engine: Engine, texts: list[str], args) -> None:
     report(engine, requests, seconds)
 
 
-def write(engine: Engine, request: Request | None):
-    """Step until all is done, and print the text of `request` as it grows."""
+def write(engine: Engine, request: Request | None, strip: bool = False):
+    """Step until all is done, and print the text of `request` as it grows, without the space that it may begin with."""
     printed = 0
     while engine.busy:
         engine.step()
         if request is not None:
-            print(request.text[printed:], end="", flush=True)
-            printed = len(request.text)
+            text = request.text.lstrip() if strip else request.text
+            print(text[printed:], end="", flush=True)
+            printed = len(text)
 
 
 def report(engine: Engine, requests: list[Request], seconds: float):
@@ -1848,11 +1863,11 @@ def chat(engine: Engine, args):
             request.max_new_tokens = max(1, min(args.max_new_tokens or 2048, engine.context - len(request.prompt)))
             engine.submit(request)
         except ValueError as error:                                          # too long, most likely: no reason to leave
-            print(f"sample.py: {error}", file=sys.stderr)
+            print(f"sample.py: {error} (/new begins again)", file=sys.stderr)
             continue
         start = time.perf_counter()
         try:
-            write(engine, request)
+            write(engine, request, strip=True)
         except KeyboardInterrupt:
             engine.cancel(request)
         messages = [*asked, {"role": "assistant", "content": request.text.strip()}]
@@ -1898,7 +1913,8 @@ def arguments(command: str) -> Parser:
     add("--min_p", type=float, help="draw from tokens at least this many times as probable as the likeliest")
     add("--repetition_penalty", type=float, help="above 1: less of what stands in the text")
     add("--min_tokens", type=int, default=0, help="no ending before this many tokens")
-    add("--stop", action="append", help="end before this text; may be given several times")
+    add("--stop", action="append", type=lambda text: text.replace("\\n", "\n"),
+        help=r"end before this text (\n is a line's end); may be given several times")
     add("--keep_stop", action="store_true", help="end behind the stop text, not before it")
     add("--seed", type=int, help="for the same text again")
     add("--draft", help="folder of a smaller model with the same tokenizer, whose guesses the model checks")
@@ -1933,6 +1949,7 @@ def main():
             return score_files(ready, tokenizer, args)
         if args.num_samples < 1:
             raise ValueError(f"--num_samples is {args.num_samples}; it must be at least 1")
+        refuse_for_serving(args)
         use_preferences(args)
         new_request(args, [0]).check_settings()                              # before a large model is opened for nothing
         model, tokenizer = open_folder(args.model, args.device, args.dtype)
@@ -1964,8 +1981,17 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         parser.error(f"{error.strerror}: {error.filename}" if error.strerror else error)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         parser.error(error)
+
+
+def refuse_for_serving(args):
+    """ValueError for what cannot be said together with --serve, since clients say it."""
+    for name in ("prompt", "interactive", "chat", "system", "max_new_tokens", "min_tokens", "stop", "keep_stop", "seed"):
+        if args.serve and getattr(args, name):
+            raise ValueError(f"--{name} is nothing that --serve heeds; clients say such things in their requests")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port is {args.port}; it must be from 0 to 65535")
 
 
 def use_preferences(args):

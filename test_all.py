@@ -4172,7 +4172,8 @@ def test_an_empty_prompt_starts_from_the_beginning_of_sequence_token():
     ([[1], [2] * 40], {}, "prompt 2 has 40 tokens and the context holds 40"), ([[1, 97]], {}, "outside the vocabulary of 97"),
     ([[1]], {"temperature": -1}, "temperature is -1"), ([[1]], {"top_p": 0}, "top_p is 0"), ([[1]], {"top_k": 0}, "top_k is 0"),
     ([[1]], {"min_p": 2}, "min_p is 2"), ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0"),
-    ([[1]], {"temperature": float("nan")}, "temperature is nan"), ([[1]], {"draft": small(vocab_size=50)}, "has 50 tokens and the model 97")])
+    ([[1]], {"temperature": float("nan")}, "temperature is nan"), (["hi"], {}, "prompt 1 is 'hi'; it must be a list of token ids"),
+    ([[1]], {"stop": [99]}, "stop has the id 99"), ([[1]], {"draft": small(vocab_size=50)}, "has 50 tokens and the model 97")])
 def test_what_cannot_be_generated_is_refused_in_one_line(prompts, options, words):
     with pytest.raises(ValueError, match=words):
         generate(small(), prompts, 5, **options)
@@ -4398,6 +4399,10 @@ def test_sample_py_speaks_from_the_newest_run(twenty_steps, tmp_path, capsys, mo
     assert refused(call(sample, capsys, monkeypatch, "--dtype", "int4"), "--dtype is 'int4'")
     assert refused(call(sample, capsys, monkeypatch, "--slots", 0), "slots is 0")
     assert refused(call(sample, capsys, monkeypatch, "--stop", ""), "a stop string is empty")
+    assert refused(call(sample, capsys, monkeypatch, "--serve", "--seed", 4), "--seed is nothing that --serve heeds")
+    assert refused(call(sample, capsys, monkeypatch, "--serve", "--port", 99999), "--port is 99999")
+    stopped = call(sample, capsys, monkeypatch, "--prompt", "a", "--temperature", 0, "--max_new_tokens", 20, "--stop", r"\n")[1]
+    assert stopped.count("\n") == 3                                          # after the name, the text and the figures
     lines = iter(["x = ", "long " * 500, "y"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
     code, out, err = call(sample, capsys, monkeypatch, "--interactive", "--max_new_tokens", 4)

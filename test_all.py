@@ -4708,14 +4708,14 @@ def test_models_health_the_page_and_http_1_0(server):
     *(({"max_tokens": value}, "max_tokens") for value in ("5", 0, -1, 2.5, 301, 10 ** 30)),
     *(({"temperature": value}, "temperature") for value in ("hot", True, -1, [0], 10 ** 400)),
     *(({"n": value}, "n") for value in (0, 129, "2")), ({"prompt": ["a"] * 65, "n": 2}, "n"), ({"best_of": 2}, "best_of"),
-    *(({"stop": value}, "stop") for value in (5, "", ["a", ""])),
+    *(({"stop": value}, "stop") for value in (5, "", ["a", ""], "x" * 257, ["a"] * 17)),
     *(({"seed": value}, "seed") for value in (1.5, 2 ** 63)), ({"stream": 1}, "stream"),
-    *(({"stream_options": value}, "stream_options") for value in ([], {"include_usage": 1})),
+    *(({"stream_options": value}, "stream_options") for value in ([], {"include_usage": 1}, {"x": 1})),
     *(({"logprobs": value}, "logprobs") for value in (2, True)), ({"top_logprobs": 3}, "top_logprobs"), ({"echo": True}, "echo"),
     ({"suffix": "x"}, "suffix"), ({"presence_penalty": 0.5}, "presence_penalty"), ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"tools": [{}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"), ({"prompt": "x" * 300}, None),
-    ({"prompt": ["ab", "x" * 300]}, None)])                                  # then the first is not begun either
+    ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"), ({"prompt": "x" * 300}, "prompt"),
+    ({"prompt": ["ab", "x" * 300]}, "prompt")])                                  # then the first is not begun either
 def test_a_wrong_field_is_refused_by_its_name(server, fields, param):
     status, answer = complete(server, **fields)
     assert status == 400 and answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param

@@ -1696,12 +1696,10 @@ def bench(args):
                          f"{model.config.max_position_embeddings}; take fewer, or another model")
     work = {"1 prompt of 64": [prompt(64)], f"{many} prompts of 64": [prompt(64) for _ in range(many)],
             f"{many} prompts of 8 to 120": [prompt(rng.randint(8, 120)) for _ in range(many)]}
-    kinds = [(torch.bfloat16, False), (torch.bfloat16, True)] if on_gpu else [
-        (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
-    contenders = {}
-    for dtype, int8 in kinds:
-        contenders["int8" if int8 else str(dtype).removeprefix("torch.")] = ours_to_time(model, dtype, int8, many, args)
-    for dtype in dict.fromkeys(dtype for dtype, _ in kinds):
+    dtypes = {kind: torch.bfloat16 if kind == "int8" else getattr(torch, kind) for kind in args.kinds or (
+        ["bfloat16", "int8"] if on_gpu else ["float32", "bfloat16", "int8"])}
+    contenders = {kind: ours_to_time(model, dtype, kind == "int8", many, args) for kind, dtype in dtypes.items()}
+    for dtype in dict.fromkeys(dtypes.values()):
         peer = peer_to_time(model, dtype, args)
         if peer:
             contenders[f"transformers, {str(dtype).removeprefix('torch.')}"] = peer
@@ -1717,12 +1715,13 @@ def bench(args):
     print(f"{'':28}" + "".join(f"{name:>24}" for name in work))
     for name in contenders:
         print(f"{name:28}" + "".join(f"{median(rates[name][task]):24,.0f}" for task in work))
-    for name, kind in ((name, name.removeprefix("transformers, ")) for name in contenders if name.startswith("transformers")):
-        for ours in (kind, *(["int8"] if kind == "bfloat16" else [])):
-            ratios = [median([a / b for a, b in zip(rates[ours][task], rates[name][task])]) for task in work]
-            print(f"{ours + ' against ' + kind:28}" + "".join(f"{ratio:23.2f}x" for ratio in ratios))
+    for kind, dtype in dtypes.items():
+        dtype = str(dtype).removeprefix("torch.")
+        if f"transformers, {dtype}" in rates:
+            ratios = [median([a / b for a, b in zip(rates[kind][task], rates[f"transformers, {dtype}"][task])]) for task in work]
+            print(f"{kind + ' against ' + dtype:28}" + "".join(f"{ratio:23.2f}x" for ratio in ratios))
     print()
-    bench_errors(model, [dtype for dtype, int8 in kinds if not int8], work)
+    bench_errors(model, dtypes, work)
     if not args.model:
         bench_load(args.rounds)
 
@@ -1757,10 +1756,10 @@ def peer_to_time(model: Transformer, dtype, args):
     return run
 
 
-def bench_errors(model: Transformer, dtypes: list, work: dict):
+def bench_errors(model: Transformer, dtypes: dict, work: dict):
     """How far the engine's log-probabilities are from a training forward pass of the same weights."""
     prompts = next(prompts for task, prompts in work.items() if " to " in task)
-    for dtype, int8 in [*((dtype, False) for dtype in dtypes), (torch.bfloat16, True)]:
+    for dtype, int8 in ((dtype, kind == "int8") for kind, dtype in dtypes.items()):
         tokens, log_probs = generate(model, prompts, 64, seed=0, log_probs=True, dtype=dtype, int8=int8)
         plain = copy.deepcopy(model).to(dtype).eval()
         full = log_probs_of(plain, [prompt + new for prompt, new in zip(prompts, tokens)])
@@ -1889,6 +1888,7 @@ def arguments(command: str) -> Parser:
         add("--max_new_tokens", type=int, default=128, help="tokens to decode for each prompt")
         add("--rounds", type=int, default=3, help="how many times each contender is timed")
         add("--compile", action="store_true", help="compile the decoding step")
+        add("--kinds", nargs="+", choices=("float32", "bfloat16", "int8"), help="weights to time; none: all, on a GPU no float32")
         return parser
     add("--dtype", help="float32, bfloat16 or float16; none: as stored")
     add("--int8", action="store_true", help="round the weights to 8 bits")
@@ -1922,7 +1922,7 @@ def arguments(command: str) -> Parser:
                                                  "0: none, or 4 with --draft")
     add("--slots", type=int, default=16, help="texts that are written at a time")
     add("--context", type=int, help="positions to keep for each; none: the model's, 4096 at most")
-    add("--compile", action="store_true", help="compile the decoding step: a minute first, faster then")
+    add("--compile", action="store_true", help="compile the decoding step, which takes a minute; for a GPU")
     add("--verbose", action="store_true", help="speeds after each answer of a chat")
     return parser
 

@@ -1237,6 +1237,7 @@ class CharacterTokenizer(Tokenizer):
         self._marks_first = normalizer in ("Prepend", "Replace")  # by a normalizer, that is; or else by a pre_tokenizer
         late = {token["content"] for token in added if token.get("normalized")}
         late_ids = {self._mark(name) if self._marks_first else name: self.special_tokens[name] for name in late}
+        self.vocab |= {id: piece_bytes(name) for name, id in late_ids.items()}  # as tokenizers 0.23 spells them
         self._split_special = compile_special_tokens(self.special_tokens.keys() - late).split
         self._split_late, self._special_ids = compile_special_tokens(late_ids).split, self.special_tokens | late_ids
 

@@ -54,8 +54,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from model import (PRESETS, Config, KVCache, Parser, Transformer, human, load_pretrained, load_safetensors, num_parameters, read_json,
-                   rms_norm, save_pretrained)
+from model import (PRESETS, Config, KVCache, Parser, Transformer, human, load_pretrained, load_safetensors, num_parameters,
+                   read_json, rms_norm, save_pretrained)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,8 @@ class Text:
         """What a token says: nothing, if it is one of a template's (<|im_start|>), or one that the tokenizer does not know, of
         which a vocabulary that was padded to a round number has some."""
         said = self.tokenizer.decode_bytes([token]) if token in self.tokenizer.vocab else b""
-        return b"" if said.startswith(b"<|") and said.endswith(b"|>") and said.decode() in self.tokenizer.special_tokens else said
+        hidden = said.startswith(b"<|") and said.endswith(b"|>") and said.decode() in self.tokenizer.special_tokens
+        return b"" if hidden else said
 
 
 @dataclass(eq=False)
@@ -118,8 +119,8 @@ class Request:
     seed: int | None = None                      # the same seed, the same draws, whoever is decoded beside it
     log_probs: bool = False                      # keep the log-probability of each new token
 
-    tokens: list[int] = dataclasses.field(default_factory=list)                # the new ones; an ending id or stop is the last of them
-    token_log_probs: list[float] = dataclasses.field(default_factory=list)     # log softmax(logits), whatever the settings above
+    tokens: list[int] = dataclasses.field(default_factory=list)              # the new ones; what ends the text is the last
+    token_log_probs: list[float] = dataclasses.field(default_factory=list)   # log softmax(logits), whatever the settings
     finish_reason: str | None = None             # then "stop" (an ending id, a stop), "length" or "cancelled"
 
     # the engine's: prompt and new tokens, ids that end the text, its random numbers, its text, what `look_up` remembers of it
@@ -427,17 +428,19 @@ class Engine:
         if draft is not None and draft.config.vocab_size != model.config.vocab_size:
             raise ValueError(f"the draft model has {draft.config.vocab_size} tokens and the model {model.config.vocab_size}; "
                              "they must share a tokenizer")
-        for name, value, least in (("slots", slots, 1), ("context", 2 if context is None else context, 2), ("speculate", speculate, 0)):
+        for name, value, least in (("slots", slots, 1), ("context", 2 if context is None else context, 2),
+                                   ("speculate", speculate, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.tokenizer, self.slots, self.speculate = tokenizer, slots, speculate or (4 if draft else 0)
         # drafts stand behind a text's last position, so the text has to leave room for them
         room = min(made.config.max_position_embeddings for made in (model, draft) if made) - self.speculate
         if room < 2:
-            raise ValueError(f"speculate is {self.speculate}, and the models have no {self.speculate + 2} positions; take fewer")
+            raise ValueError(f"speculate is {speculate}, and the models have no {self.speculate + 2} positions; take fewer")
         self.context = min(context or room, room)
         self.held = [[] for _ in range(slots)]           # the tokens whose keys stand in each row
-        rows = lambda made: Rows(prepare(made, dtype, int8, not compile, consume), self.held, self.context + self.speculate, compile)
+        rows = lambda made: Rows(prepare(made, dtype, int8, not compile, consume), self.held,
+                                 self.context + self.speculate, compile)
         self.target, self.draft = rows(model), rows(draft) if draft else None
         self.both = [self.target] + ([self.draft] if draft else [])
         self.model = self.target.model
@@ -738,7 +741,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     the same tokens, and equal prompts draw independently. Further settings, such as min_p and min_tokens, are those of
     `Request`; draft, speculate, dtype and int8 those of `Engine`. ValueError for a prompt that fills the context, ids outside
     the vocabulary, or settings out of range."""
-    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), log_probs=log_probs,
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, stop=stop, log_probs=log_probs,
                         seed=None if seed is None else seed + number, **settings) for number, prompt in enumerate(prompts)]
     for number, request in enumerate(requests, 1):
         request.check(model.config, f"prompt {number}")
@@ -1841,8 +1845,9 @@ def report(engine: Engine, requests: list[Request], seconds: float):
 
 def new_request(args, prompt: list[int], number: int = 0, stop: tuple = ()) -> Request:
     """A request with the settings of the command line."""
-    return Request(prompt, 200 if args.max_new_tokens is None else args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-                   args.min_tokens, (*stop, *(args.stop or ())), args.keep_stop, None if args.seed is None else args.seed + number)
+    count, seed = 200 if args.max_new_tokens is None else args.max_new_tokens, None if args.seed is None else args.seed + number
+    return Request(prompt, count, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.min_tokens,
+                   (*stop, *(args.stop or ())), args.keep_stop, seed)
 
 
 def chat(engine: Engine, args):

@@ -1243,7 +1243,8 @@ def test_sentencepiece_files_give_the_ids_and_the_text_that_tokenizers_gives(lea
         for text in texts:
             ids = peer.encode(text, add_special_tokens=False).ids
             assert ours.encode(text) == ids == again.encode(text, add_special_tokens=False).ids, text
-            assert ours.decode(ids) == peer.decode(ids, skip_special_tokens=False)
+            if not late or tuple(map(int, tokenizers.__version__.split(".")[:2])) >= (0, 23):      # which keeps a space before
+                assert ours.decode(ids) == peer.decode(ids, skip_special_tokens=False)
         peer.encode_special_tokens = True  # means: as text
         assert [ours.encode(text, "text") for text in texts] == [peer.encode(text).ids for text in texts]
         assert ours.encode_batch(texts) == [ours.encode(text, "text") for text in texts]
@@ -4850,7 +4851,9 @@ def test_sample_py_serves_a_folder_until_ctrl_c_even_amid_an_answer(tmp_path):
     save_pretrained(Transformer(Config(256, 8, 1, 1, max_position_embeddings=100_000)), place)
     tokenizer.save(place)
     process = subprocess.Popen([sys.executable, HERE / "sample.py", "--serve", "--port", "0", "--model", place, "--slots", "1",
-                                "--context", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                "--context", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               # a shell's background job ignores Ctrl-C, and so would what it starts
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     said = []
     while "Ctrl-C" not in (said or [""])[-1]:
         said.append(process.stdout.readline())

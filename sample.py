@@ -1103,6 +1103,7 @@ class Worker(threading.Thread):
 
 
 def list_of(kind: type, value) -> bool:
+    """Whether value is a list of that kind of thing, of one at least."""
     return isinstance(value, list) and value != [] and all(type(item) is kind for item in value)
 
 

@@ -296,7 +296,7 @@ def prepare(model: Transformer, dtype: torch.dtype | None = None, int8: bool = F
     """A model for inference alone that computes what `model` does: its own modules, in evaluation mode, on the same tensors
     but for the linear layers, which become `Product`s (with int8 rounded, all but the embedding, the router and the experts,
     and in bfloat16 otherwise). Later changes to the weights of `model` do not reach it. `consume` takes them away from `model`,
-    matrix by matrix, so that there are never two of all."""
+    so that, as long as `dtype` is theirs, matrices go one by one and there are never two of all."""
     dtype = dtype or (torch.bfloat16 if int8 else model.lm_head.weight.dtype)
     ops = replace(model.ops, rms_norm=fused_rms_norm) if model.ops.rms_norm is rms_norm else model.ops
     with torch.device("meta"):
@@ -574,9 +574,11 @@ class Engine:
     # --- tokens
 
     def lengths(self) -> list[int]:
+        """How many positions each busy row holds."""
         return [len(held) for held in self.held[:len(self.active)]]
 
     def last_tokens(self) -> Tensor:
+        """The token of each text that the cache does not hold yet: the next to run."""
         return torch.tensor([[request.context[-1]] for request in self.active])          # (n, 1)
 
     def decode(self) -> list[list[tuple[int, float | None]]]:
@@ -744,8 +746,6 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, stop=stop, log_probs=log_probs,
                         seed=None if seed is None else seed + number, **settings) for number, prompt in enumerate(prompts)]
-    for number, request in enumerate(requests, 1):
-        request.check(model.config, f"prompt {number}")
     longest = max(map(len, prompts), default=0) + max_new_tokens + 1
     slots = slots or max(1, min(len(prompts), 256 if model.cos.device.type == "cuda" else 64))
     Engine(model, tokenizer, slots, max(2, longest), draft, speculate, dtype, int8).run(requests)
@@ -961,18 +961,23 @@ def score_choices(model: Transformer, tokenizer: Tokenizer, path: str, rows: lis
 
 def open_folder(folder, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
     """The model in a folder, and its tokenizer with what stands before a text as `start`; on the first device that is there."""
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if device not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device is {device!r}; it must be cuda, mps or cpu")
-    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device is {device}, and this machine has none; take cpu")
     folder = Path(folder)
-    model, tokenizer = load_pretrained(folder, device=device, dtype=dtype), Tokenizer.load(folder)
+    model, tokenizer = load_pretrained(folder, device=check_device(device), dtype=dtype), Tokenizer.load(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}")
     beside = folder / "tokenizer_config.json"
     tokenizer.start = start_of_text(folder, read_json(beside) if beside.exists() else {}, tokenizer, model.config)
     return model, tokenizer
+
+
+def check_device(device: str | None) -> str:
+    """`device`, or the first of cuda, mps and cpu that is there; ValueError for another, or one that is not there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device is {device!r}; it must be cuda, mps or cpu")
+    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device is {device}, and this machine has none; take cpu")
+    return device
 
 
 def start_of_text(folder: Path, settings: dict, tokenizer: Tokenizer, config: Config) -> list[int]:
@@ -1680,8 +1685,11 @@ BENCH = Config(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_h
 
 def bench(args):
     """Tokens per second of decoding, beside transformers where it is installed: the contenders take turns, medians of rounds."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = check_device(args.device)
     on_gpu = device == "cuda"
+    for name in ("rounds", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     torch.manual_seed(0)
     if args.model:
         model = load_pretrained(args.model, device=device)
@@ -1734,10 +1742,11 @@ def bench(args):
 def ours_to_time(model: Transformer, dtype, int8: bool, slots: int, args):
     """A function that decodes prompts with an engine that is made once."""
     engine = Engine(model, slots=slots, context=120 + args.max_new_tokens + 1, dtype=dtype, int8=int8, compile=args.compile)
+    engine.model.config = replace(engine.model.config, eos_token_id=None)    # all the tokens that are counted are written
 
     def run(prompts):
         engine.reset()                                                       # nothing from the round before
-        engine.run([Request(prompt, args.max_new_tokens, temperature=0, stop=()) for prompt in prompts])
+        return engine.run([Request(prompt, args.max_new_tokens, temperature=0) for prompt in prompts])
     return run
 
 

@@ -4481,6 +4481,14 @@ def test_sample_py_bench_prints_speeds_and_errors(bytes_model, capsys, monkeypat
     assert code == 0 and "16 prompts of 8 to 120" in out
     assert [line.split()[0] for line in out.splitlines() if line.startswith(("float32 ", "bfloat16 ", "int8 "))][:3] == ["float32", "bfloat16", "int8"]
     assert float(re.search(r"float32 against itself: mean difference ([\d.e-]+)", out)[1]) < 1e-4
+    assert refused(call(sample, capsys, monkeypatch, "bench", "--rounds", 0), "--rounds is 0")
+    assert refused(call(sample, capsys, monkeypatch, "bench", "--device", "tpu"), "--device is 'tpu'")
+
+
+def test_bench_counts_no_token_that_was_not_written():
+    made, args = small(max_position_embeddings=200), sample.arguments("bench").parse_args(["--max_new_tokens", "9"])
+    made.config = dataclasses.replace(made.config, eos_token_id=plain_greedy(made, [3, 4], 1)[0])      # the first would be the last
+    assert [len(request.tokens) for request in sample.ours_to_time(made, torch.float32, False, 2, args)([[3, 4], [5]])] == [9, 9]
 
 
 # ------------------------------------------------------------------------------------------------------------------

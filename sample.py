@@ -25,6 +25,7 @@ import codecs
 import copy
 import dataclasses
 import datetime
+import functools
 import gzip
 import html
 import json
@@ -329,6 +330,13 @@ def prepare(model: Transformer, dtype: torch.dtype | None = None, int8: bool = F
     return ready
 
 
+def ready_tensors(model: Transformer) -> list[Tensor]:
+    """All weights of a model that `prepare` made, those of its products too."""
+    products = [product for module in model.modules() for product in vars(module).values() if isinstance(product, Product)]
+    return [*model.state_dict().values(), *(t for product in products for t in (product.weight, product.scale, product.bias)
+                                            if t is not None)]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The engine
 
@@ -442,6 +450,7 @@ class Engine:
         rows = lambda made: Rows(prepare(made, dtype, int8, not compile, consume), self.held,
                                  self.context + self.speculate, compile)
         self.target, self.draft = rows(model), rows(draft) if draft else None
+        self.ready = dict(dtype=dtype, int8=int8, pack=not compile)
         self.both = [self.target] + ([self.draft] if draft else [])
         self.model = self.target.model
         self.waiting, self.active = deque(), []          # the request in active[i] has row i
@@ -485,6 +494,21 @@ class Engine:
         self.waiting.clear()
         self.active.clear()
         self.held[:] = [[] for _ in self.held]
+
+    def refresh(self, model: Transformer):
+        """Take over the weights of `model`, which has the shape of the engine's own: those of the same model after a training
+        step, say. What the rows hold is forgotten. RuntimeError while requests wait or run."""
+        if self.busy:
+            raise RuntimeError(f"{len(self.waiting) + len(self.active)} request(s) are under way; finish or cancel them first")
+        fresh = prepare(model, **self.ready)
+        if self.target.fixed:                            # graphs read from where the weights lay when they were recorded
+            with torch.no_grad():
+                for old, new in zip(ready_tensors(self.model), ready_tensors(fresh)):
+                    old.copy_(new)
+        else:
+            self.model = self.target.model = fresh
+        self.reset()
+        self.used, self.steps = [0] * self.slots, 0
 
     def step(self) -> list[Request]:
         """One round; the requests that took part."""
@@ -814,6 +838,18 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> str:
         import jinja2.sandbox
     except ImportError:
         raise ValueError("chat templates need Jinja: pip install jinja2") from None
+    names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    try:
+        template = compile_template(chat_template(tokenizer)[0])
+        return template.render(messages=messages, add_generation_prompt=True, tools=None, **names)
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+
+
+@functools.lru_cache(8)                                  # it takes milliseconds, and training renders thousands of conversations
+def compile_template(template: str):
+    """A chat template in Jinja's form, in a sandbox."""
+    import jinja2.sandbox
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -823,12 +859,7 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> str:
     environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", chat_template(tokenizer)[0])         # marks for training
-    names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None, **names)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+    return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))       # marks for training
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1048,7 +1048,7 @@ def training_step(s: Settings, setup: Setup, batches, share: int, factor: float,
     """One optimizer step on `share` sequences of this rank, in micro-batches, with the learning rates at `factor` of their
     peaks; returns the mean loss over all ranks, the gradient's norm, and whether the step was skipped because one of the two
     is not finite. All three stay on the device. `span(name)` is a context around each part of the step."""
-    ranks, parallel, loss, done = setup.ranks, setup.parallel, torch.zeros((), device=setup.device), 0
+    ranks, loss, done = setup.ranks, torch.zeros((), device=setup.device), 0
     if setup.model.config.dropout:                                       # what is dropped depends on seed, step and rank alone
         torch.manual_seed(int(np.random.SeedSequence([s.seed, step, ranks.data_rank]).generate_state(1, np.uint64)[0] >> 1))
     batches = iter(batches)
@@ -1056,12 +1056,19 @@ def training_step(s: Settings, setup: Setup, batches, share: int, factor: float,
         with span("data"):
             tokens, targets = next(batches)
             done += len(tokens)
-        with nullcontext() if done == share or not isinstance(parallel, DDP) else parallel.no_sync():
+        with nullcontext() if done == share or not isinstance(setup.parallel, DDP) else setup.parallel.no_sync():
             with span("forward"), setup.autocast():
                 part = loss_of(s, setup, tokens, targets) * (len(tokens) / share)
             with span("backward"):
                 part.backward()
         loss += part.detach()
+    return finish_step(s, setup, loss, factor, step, span)
+
+
+def finish_step(s: Settings, setup: Setup, loss: Tensor, factor: float, step: int, span=record_function) -> tuple[Tensor, ...]:
+    """The end of a step, when this rank's gradients are there: see `training_step`, which returns what this does. `loss` is
+    this rank's; the mean over ranks is what counts."""
+    ranks, parallel = setup.ranks, setup.parallel
     with span("communication"):
         if parallel is not setup.model:
             parallel.finish_gradient_synchronization()

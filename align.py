@@ -24,8 +24,8 @@ import bisect
 import cmath
 import copy
 import csv
-import gc
 import gzip
+import hashlib
 import json
 import math
 import operator
@@ -34,7 +34,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import select
 import subprocess
 import string
@@ -69,8 +68,8 @@ from ddp import DDP, FSDP
 from model import (Config, KVCache, Parser, Transformer, grow_vocabulary, human, load_safetensors, num_parameters, read_json,
                    save_pretrained, write_atomically)
 from sample import (CHATML, ROLES, Engine, Request, chat_tokens, open_folder, prepare, read_documents, render, score, shared)
-from train import (Interrupt, Ranks, assemble, cut_log, describe, faster_dtype, learning_rate, load_checkpoint, parts_of, peak_memory,
-                   permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
+from train import (Interrupt, Ranks, assemble, cut_log, describe, faster_dtype, learning_rate, load_checkpoint, parts_of,
+                   peak_memory, permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -95,11 +94,12 @@ class Settings:
     out: str = setting(str, None, "run folder, a model folder in the end")
     resume: str = setting(str, None, "continue the run in this folder, with its settings")
     val_data: list = setting(list, None, "rows to measure on, of the same form")
-    template: str = setting(str, None, "how a plain prompt is put: chat (as a user's message), raw, think, or a file with {prompt}; "
-                                       "none: chat if the model has a chat template, else raw")
+    template: str = setting(str, None, "how a plain prompt is put: chat (as a user's message), raw, think, or a file with "
+                                       "{prompt}; none: chat if the model has a chat template, else raw")
     chat_template: str = setting(str, None, "give the model a chat template: chatml, or a Jinja file")
     # how long and how much at a time
-    steps: int = setting(int, {"": None, "expert": 100, "grpo": 200, "ppo": 200}, "steps (of rollouts, where there are any); none: by --epochs")
+    steps: int = setting(int, {"": None, "expert": 100, "grpo": 200, "ppo": 200},
+                         "steps (of rollouts, where there are any); none: by --epochs")
     epochs: float = setting(float, {"sft": 2.0, "": 1.0}, "times that all rows are read", TUNE + PAIRS)
     batch_size: int = setting(int, 32, "rows (pairs) per optimizer step, over all ranks", TUNE + PAIRS)
     pack: bool = setting(bool, True, "put several short rows into one sequence; they do not see each other", TUNE)
@@ -112,15 +112,17 @@ class Settings:
     stop: list = setting(list, None, "texts that end an answer, which keeps them", ROLLOUTS)
     reward: str = setting(str, "math", "math, think, number, choice, countdown, or file.py:function", ROLLOUTS)
     reward_seconds: float = setting(float, 10.0, "longest time that a function of your own may take for one answer", ROLLOUTS)
-    reward_model: str = setting(str, None, "folder of a reward model, whose score is added", ROLLOUTS)
+    reward_model: str = setting(str, None, "folder of a reward model, whose score is added", ("grpo", "ppo"))
     updates: int = setting(int, {"": 1, "ppo": 4}, "optimizer steps per pass over a step's answers", ROLLOUTS)
     passes: int = setting(int, {"": 1, "expert": 2}, "passes over a step's answers", ROLLOUTS)
     baseline: str = setting(str, "group", "group (the mean of a prompt's answers) or none", ("grpo",))
     normalize_by_std: bool = setting(bool, True, "divide advantages by the group's standard deviation", ("grpo",))
-    normalize_length: str = setting(str, {"": "sequence", "ppo": "token"}, "sequence (every answer weighs alike), token (every token), or "
-                                    "constant (every token, over --max_new_tokens: Dr. GRPO)", ("grpo", "ppo"))
-    objective: str = setting(str, "clip", "clip (see policy_loss), ratio (not clipped) or reinforce (no ratio: right for one update alone)", ("grpo",))
-    clip_ratio: float = setting(float, 0.2, "how far a token's probability may leave that at which it was sampled", ("grpo", "ppo"))
+    normalize_length: str = setting(str, {"": "sequence", "ppo": "token"}, "sequence (every answer weighs alike), token (every "
+                                    "token), or constant (every token, over --max_new_tokens: Dr. GRPO)", ("grpo", "ppo"))
+    objective: str = setting(str, "clip", "clip (see policy_loss), ratio (not clipped) or reinforce (no ratio: right for one "
+                                          "update alone)", ("grpo",))
+    clip_ratio: float = setting(float, 0.2, "how far a token's probability may leave that at which it was sampled",
+                                ("grpo", "ppo"))
     clip_ratio_high: float = setting(float, None, "the same, upwards; none: as --clip_ratio", ("grpo", "ppo"))
     kl: float = setting(float, {"": 0.0, "ppo": 0.02}, "weight of the divergence from the model at the start", ("grpo", "ppo"))
     gae_lambda: float = setting(float, 0.95, "of generalized advantage estimation", ("ppo",))
@@ -131,9 +133,11 @@ class Settings:
     beta: float = setting(float, 0.1, "how dear it is to leave the model at the start", ("dpo",))
     length_normalized: bool = setting(bool, False, "compare mean log-probabilities per token instead of sums", ("dpo",))
     # the optimizer
-    learning_rate: float = setting(float, {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "": 1e-6}, "peak learning rate; LoRA wants about ten times as much")
+    learning_rate: float = setting(float, {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "": 1e-6},
+                                   "peak learning rate; LoRA wants about ten times as much")
     warmup: float = setting(float, 0.05, "share of the steps over which it rises")
-    decay: float = setting(float, {"sft": 0.95, "reward": 0.95, "dpo": 0.95, "": 0.0}, "share of the steps over which it falls to zero")
+    decay: float = setting(float, {"sft": 0.95, "reward": 0.95, "dpo": 0.95, "": 0.0},
+                           "share of the steps over which it falls to zero")
     weight_decay: float = setting(float, 0.0, "decay of matrices")
     beta1: float = setting(float, 0.9, "AdamW's average of gradients")
     beta2: float = setting(float, {"": 0.95, "sft": 0.999, "dpo": 0.999, "reward": 0.999}, "AdamW's average of squared gradients")
@@ -145,7 +149,8 @@ class Settings:
     device: str = setting(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = setting(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
     recompute: bool = setting(bool, False, "keep of each layer its input alone, and compute the rest again in the backward pass")
-    parallel: str = setting(str, "ddp", "what ranks share, beside the work: ddp (nothing), zero1 (optimizer state), fsdp (everything)")
+    parallel: str = setting(str, "ddp", "what ranks share, beside the work: ddp (nothing), zero1 (optimizer state), fsdp "
+                                        "(everything)")
     # what is kept
     log_every: int = setting(int, 1, "steps between lines of log.jsonl")
     eval_every: int = setting(int, None, "steps between measurements on --val_data; none: five in a run")
@@ -155,7 +160,7 @@ class Settings:
 
 
 # A resumed run may change these freely.
-FREE = set("device micro_tokens recompute parallel log_every eval_every save_every samples stop_after slots reward_seconds val_data".split())
+FREE = set("device micro_tokens recompute parallel log_every eval_every save_every samples stop_after slots reward_seconds".split())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -210,7 +215,8 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6, normal
     favour questions that are nearly always, or nearly never, answered (Liu et al. 2025, arXiv 2503.20783). Where all rewards of
     a group are equal every advantage is 0. ValueError when the groups do not come out even, or for groups of one."""
     if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards cannot be divided into groups of {group_size}; groups are of 2 at least, and whole")
+        raise ValueError(f"{len(rewards)} rewards cannot be divided into groups of {group_size}; groups are whole, and of 2 at "
+                         "least")
     groups = rewards.float().view(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std:
@@ -252,7 +258,8 @@ def policy_loss(log_probs: Tensor, advantages: Tensor, old_log_probs: Tensor | N
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """½ max((V - R)², (clip(V, V_old ± clip) - R)²) of each token (B, S): PPO's, which keeps the value near to what it was, too."""
+    """½ max((V - R)², (clip(V, V_old ± clip) - R)²) of each token (B, S): PPO's, which keeps the value, too, near to what it
+    was."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
@@ -265,9 +272,10 @@ def kl_penalty(log_probs: Tensor, reference: Tensor) -> Tensor:
 
 
 def token_weights(mask: Tensor, how: str, rows: float, tokens: float, longest: int) -> Tensor:
-    """What each token's loss counts in the sum, (B, S), for a batch of `rows` answers with `tokens` in all, of which these may be
-    a part: "sequence", 1 / (its answer's length · rows), GRPO's; "token", 1 / tokens, so that long answers weigh more; "constant",
-    1 / (longest · rows), which, as the first does not, weighs tokens of long and short answers alike (Dr. GRPO, arXiv 2503.20783)."""
+    """What each token's loss counts in the sum, (B, S), for a batch of `rows` answers with `tokens` in all, of which these may
+    be a part: "sequence", 1 / (its answer's length · rows), GRPO's; "token", 1 / tokens, so that long answers weigh more;
+    "constant", 1 / (longest · rows), which, as the first does not, weighs tokens of long and short answers alike (Dr. GRPO, arXiv
+    2503.20783)."""
     mask = mask.float()
     if how == "sequence":
         return mask / (mask.sum(1, keepdim=True).clamp(min=1) * rows)
@@ -1280,6 +1288,7 @@ def pack(examples: list[dict], length: int) -> list[dict]:
         bisect.insort(rooms, (room - size, number))
     return rows
 
+
 # ------------------------------------------------------------------------------------------------------------------
 # The policy: a model whose forward pass gives log-probabilities, its adapters, and its folder
 
@@ -1287,8 +1296,8 @@ CHUNK = 2 ** 26                    # logits at a time: 256 MB in float32
 
 
 def token_log_probs(model: Transformer, input_ids: Tensor, labels: Tensor, positions: Tensor,
-                    document_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model thinks of given answers: input_ids and the tokens behind them, labels (B, S); positions (n,), those in the
+                    document_ids: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a model thinks of given answers, when it draws at a temperature: input_ids and the tokens behind them, labels (B, S); positions (n,), those in the
     flattened batch that count -> log-probabilities, entropies (without a gradient) and, where the model has a value head, the
     values (B, S), 0 elsewhere.
 
@@ -1298,7 +1307,7 @@ def token_log_probs(model: Transformer, input_ids: Tensor, labels: Tensor, posit
     flat, targets = hidden.flatten(0, 1)[positions], labels.flatten()[positions]
 
     def head(flat, targets):
-        logits = model.logits(flat)
+        logits = model.logits(flat) / temperature
         with torch.no_grad():
             uncertainty = entropy(logits)
         return response_log_probs(logits, targets), uncertainty
@@ -1335,7 +1344,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype) if not torch.is_autocast_enabled(x.device.type) else self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale if self.on else y
 
 
@@ -1371,8 +1380,8 @@ def merged(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     whole = {name: t for name, t in tensors.items() if not name.endswith((".lora_A", ".lora_B")) and name != "score.weight"}
     for name in [name for name in tensors if name.endswith(".lora_A")]:
         base = name.removesuffix(".lora_A")
-        weight = whole[base + ".weight"]
-        whole[base + ".weight"] = (weight.float() + scale * (tensors[base + ".lora_B"] @ tensors[name]).to(weight.device)).to(weight.dtype)
+        weight, change = whole[base + ".weight"], tensors[base + ".lora_B"] @ tensors[name]
+        whole[base + ".weight"] = (weight.float() + scale * change.to(weight.device)).to(weight.dtype)
     return whole
 
 
@@ -1386,13 +1395,13 @@ def add_score(model: Transformer, weight: Tensor | None = None) -> Transformer:
 
 
 def save_reward_model(model: Transformer, folder, tensors: dict[str, Tensor], scores: Tensor):
-    """A folder that transformers opens as AutoModelForSequenceClassification, with one label, and `load_reward_model` here."""
+    """A folder that transformers opens as AutoModelForSequenceClassification, with one label, and `load_reward_model` here. It
+    names no padding token: transformers takes the score before the first one, and every token here may end a text."""
     save_pretrained(model, folder, {**tensors, "score.weight": scores})
     config = read_json(Path(folder, "config.json"))
-    end = config.get("eos_token_id")
-    config |= {"architectures": [name.replace("ForCausalLM", "ForSequenceClassification").replace("LMHeadModel", "ForSequenceClassification")
-                                 for name in config["architectures"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0},
-               "pad_token_id": end[0] if isinstance(end, list) else end}
+    config |= {"architectures": [re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", name)
+                                 for name in config["architectures"]],
+               "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_atomically(Path(folder, "config.json"), json.dumps(config, indent=2).encode())
 
 
@@ -1401,7 +1410,8 @@ def load_reward_model(folder, device=None, dtype: torch.dtype | None = None) -> 
     model, tokenizer = open_folder(folder, device, dtype)
     tensors = load_safetensors(Path(folder, "model.safetensors"))
     if tensors.get("score.weight", torch.empty(0)).shape != (1, model.config.hidden_size):
-        raise ValueError(f"{folder} is no reward model (no score.weight for {model.config.hidden_size} numbers); train one with `align.py reward`")
+        raise ValueError(f"{folder} is no reward model (no score.weight for {model.config.hidden_size} numbers); train one with "
+                         "`align.py reward`")
     add_score(model, tensors["score.weight"]).to(model.cos.device, model.lm_head.weight.dtype)
     model.forward = partial(sequence_scores, model)
     return model.eval().requires_grad_(False), tokenizer
@@ -1414,9 +1424,9 @@ def load_reward_model(folder, device=None, dtype: torch.dtype | None = None) -> 
 # number for every token that is. An item is what belongs in one batch together: an example, or the two of a pair.
 
 def collate(examples: list[dict]) -> dict[str, Tensor]:
-    """Examples, padded on the right -> input_ids, labels (the tokens behind), response_mask (where the label is to be learnt), all
-    (B, S - 1); positions (n,), those of the flattened mask; last (B,), each sequence's last place in the uncut ids; the lists at
-    their tokens' places; and document_ids where examples are packed."""
+    """Examples, padded on the right -> input_ids, labels (the tokens behind), response_mask (where the label is to be learnt),
+    all (B, S - 1); positions (n,), those of the flattened mask; ids (B, S), uncut, and last (B,), each sequence's last place in
+    them; the lists at their tokens' places; and document_ids where examples are packed."""
     longest = max(len(example["ids"]) for example in examples)
     ids, mask = torch.zeros(len(examples), longest, dtype=torch.int64), torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, example in enumerate(examples):
@@ -1436,29 +1446,45 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     return batch
 
 
-def micro_batches(run, items: list[tuple[dict, ...]], budget: int) -> list[dict[str, Tensor]]:
-    """This rank's items as batches of about `budget` tokens, padding counted, those of like length together; as many batches on
+def length_of(item: tuple[dict, ...]) -> int:
+    """Of an item's longest sequence."""
+    return max(len(example["ids"]) for example in item)
+
+
+def micro_batches(run: "Run", items: list[tuple[dict, ...]]) -> list[dict[str, Tensor]]:
+    """This rank's items as batches of about --micro_tokens, padding counted, those of like length together; as many batches on
     every rank, since ranks that share weights compute in step. A pair's first members are the first half of a batch."""
-    items = sorted(items, key=lambda item: -max(len(example["ids"]) for example in item))
-    size = lambda part: len(part) * len(part[0]) * max(len(example["ids"]) for item in part for example in item)
-    cut = lambda count: [items[len(items) * i // count:len(items) * (i + 1) // count] for i in range(count)]
-    count = next((n for n in range(1, len(items)) if max(map(size, cut(n))) <= budget), len(items))
-    count = int(run.setup.ranks.agree(count)[0])
-    batches = [collate([item[side] for side in range(len(part[0])) for item in part]) for part in cut(count)]
-    return [{name: t.to(run.setup.device) for name, t in batch.items()} for batch in batches]
+    device, parts = run.setup.device, []
+    budget = run.s.micro_tokens or (32768 if device.type == "cuda" else 8192)
+    for item in sorted(items, key=length_of, reverse=True):
+        if parts and (len(parts[-1]) + 1) * len(item) * length_of(parts[-1][0]) <= budget:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    for _ in range(len(parts), int(run.setup.ranks.agree(len(parts))[0])):
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        middle = len(parts[largest]) // 2
+        parts[largest:largest + 1] = parts[largest][:middle], parts[largest][middle:]
+    batches = [collate([item[side] for side in range(len(part[0])) for item in part]) for part in parts]
+    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
 
 
-def share(run, items: list[tuple[dict, ...]]) -> list[tuple[dict, ...]]:
-    """This rank's part of items that all ranks have, as many on every rank: empty ones, in which nothing is learnt, fill up."""
+def deal(run: "Run", items: list[tuple[dict, ...]]) -> list[tuple[dict, ...]]:
+    """This rank's part of items that all ranks have, every so-many-th from its own on; as many on every rank."""
     ranks = run.setup.ranks
-    items = sorted(items, key=lambda item: -max(len(example["ids"]) for example in item))
     return fill(items[ranks.data_rank::ranks.data_count], -(-len(items) // ranks.data_count), items[0])
 
 
+def share(run: "Run", items: list[tuple[dict, ...]]) -> list[tuple[dict, ...]]:
+    """The same, of items in the order of their lengths, so that every rank has about as much to do."""
+    return deal(run, sorted(items, key=length_of, reverse=True))
+
+
 def fill(items: list[tuple[dict, ...]], count: int, like: tuple[dict, ...]) -> list[tuple[dict, ...]]:
-    """`items` and so many empty ones, with the fields of `like`, that there are `count`."""
-    blank = lambda one: {name: [0, 0] if name in ("ids", "documents") else [False, False] if name == "mask" else [] for name in one}
-    return items + [tuple(map(blank, like))] * (count - len(items))
+    """`items` and so many empty ones, in which nothing is learnt, with the fields of `like`, that there are `count`."""
+    two = {"ids": [0, 0], "documents": [0, 0], "mask": [False, False]}       # the least that has a label
+    blank = tuple({name: two.get(name, []) for name in one} for one in like)
+    return items + [blank] * (count - len(items))
 
 
 def epoch_order(count: int, seed: int, first: int, wanted: int) -> list[int]:
@@ -1469,6 +1495,7 @@ def epoch_order(count: int, seed: int, first: int, wanted: int) -> list[int]:
         epoch, index = divmod(i, count)
         places.append(int(permute(np.array([index]), count, seed * 1_000_003 + epoch)[0]))
     return places
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # A run: what all loops share
@@ -1486,7 +1513,10 @@ class Run:
     step: int = 0                            # steps done
     total: int = 0
     started: float = 0.0                     # when the clock showed 0: a resumed run's goes on
-    skipped: int = 0
+    skipped: int = 0                         # steps without an update, because the gradient was not finite
+    pairs: int = 0                           # in the batch under way
+    bar: tqdm | None = None
+    shown: dict = field(default_factory=dict)            # the latest numbers, behind the bar
 
     @property
     def model(self) -> Transformer:
@@ -1507,21 +1537,21 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
     """The model, laid out over the ranks, in a run folder, new or resumed."""
     ranks = Ranks()
     device = pick_device(s, ranks)
-    if s.parallel not in ("ddp", "zero1", "fsdp"):
-        raise ValueError(f"--parallel is {s.parallel!r}; it must be ddp, zero1 or fsdp")
     ranks.start(device, s.parallel != "ddp", 1)
     model, tokenizer = open_folder(s.model, "cpu")
     dtype = model.lm_head.weight.dtype
     s.dtype = s.dtype or ranks.from_first(lambda: faster_dtype(SimpleNamespace(dtype=None), device)[0])
-    model = model.to(torch.bfloat16 if s.lora and s.dtype == "bfloat16" else torch.float32)      # frozen weights need not be exact
+    if not s.lora or s.dtype == "float32":               # frozen weights may stay as they are stored
+        model = model.to(torch.float32)
     if s.chat_template:
         model, tokenizer = add_chat_template(model, tokenizer, s.chat_template)
     if scored:
         add_score(model)
     torch.manual_seed(s.seed)                                                # of LoRA's matrices
     if s.lora:
-        add_lora(model, s.lora, s.lora_alpha or 2 * s.lora)
-    model.forward = partial(sequence_scores if s.command == "reward" else token_log_probs, model)
+        add_lora(model, s.lora, lora_alpha(s))
+    model.forward = (partial(sequence_scores, model) if s.command == "reward" else
+                     partial(token_log_probs, model, temperature=s.temperature or 1.0))
     trainer = train.Settings(optimizer="adamw", learning_rate=s.learning_rate, muon_learning_rate=0.0, **{
         name: getattr(s, name) for name in ("beta1", "beta2", "weight_decay", "clip", "seed", "recompute", "parallel", "dtype")})
     setup = assemble(trainer, model, device, ranks, s.dtype == "bfloat16")
@@ -1533,18 +1563,38 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
         run.step, run.skipped = content["step"], content["progress"]["skipped"]
     elif (out / "state" / "latest.json").exists():
         raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
+    fingerprint = ranks.from_first(lambda: hash_files([*s.data, *(s.val_data or [])]))
+    if saved is not None and saved.get("fingerprint") != fingerprint:
+        raise ValueError(f"--resume {out}: the files of --data or --val_data are not what they were when the run began; put them back, "
+                         "or start a new run")
     if run.first:
         out.mkdir(parents=True, exist_ok=True)
-        cut_log(out, run.step)
-        write_atomically(out / "args.json", json.dumps(asdict(s), indent=2).encode())
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_log(out, run.step or -1, name)
+        write_atomically(out / "args.json", json.dumps(asdict(s) | {"fingerprint": fingerprint}, indent=2).encode())
     return run
+
+
+def hash_files(paths: list[str]) -> str:
+    """What changes when one of the files does."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def lora_alpha(s: Settings) -> float:
+    """The scale of adapters, times their rank."""
+    return s.lora_alpha or 2 * s.lora
 
 
 def own_parts(run: Run, to_save: bool) -> dict:
     """What a checkpoint has of a run. Weights that adapters leave as they are can be read again where they came from."""
     parts = parts_of(run.setup, to_save)
     if run.s.lora:
-        parts["weights"] = {name: part for name, part in parts["weights"].items() if name.endswith((".lora_A", ".lora_B", "score.weight"))}
+        trained = (".lora_A", ".lora_B", "score.weight")
+        parts["weights"] = {name: part for name, part in parts["weights"].items() if name.endswith(trained)}
     return parts
 
 
@@ -1552,12 +1602,12 @@ def whole_model(run: Run, only_first: bool = False) -> dict[str, Tensor]:
     """All weights of the policy, adapters merged, without a score; on every rank, or on the first (nothing on others)."""
     parallel = run.setup.parallel
     tensors = parallel.full_state_dict(0 if only_first else None) if isinstance(parallel, FSDP) else run.model.state_dict()
-    scale = (run.s.lora_alpha or 2 * run.s.lora) / run.s.lora if run.s.lora else 0.0
-    return merged(tensors, scale) if tensors else {}
+    scale = lora_alpha(run.s) / run.s.lora if run.s.lora else 0.0
+    return merged(tensors, scale)
 
 
 def plain_model(run: Run) -> Transformer:
-    """The policy as an ordinary model, on tensors that are its own (but for merged ones)."""
+    """The policy as an ordinary model, on the policy's own tensors but for those that are merged or gathered."""
     with torch.device("meta"):
         model = Transformer(run.model.config, run.model.ops)
     model.load_state_dict({name: t.detach().to(run.setup.device) for name, t in whole_model(run).items()}, assign=True)
@@ -1568,33 +1618,33 @@ def save(run: Run):
     """A checkpoint, and the model's folder."""
     setup, s, out = run.setup, run.s, run.out
     writes = setup.ranks.data_rank == 0 or s.parallel != "ddp"
-    files = setup.ranks.everywhere(lambda: save_checkpoint(out, own_parts(run, True), run.step, setup.ranks.rank, seconds=run.seconds,
-                                                           skipped=run.skipped) if writes else None)
+    files = setup.ranks.everywhere(lambda: save_checkpoint(
+        out, own_parts(run, True), run.step, setup.ranks.rank, seconds=run.seconds, skipped=run.skipped) if writes else None)
     scores = {}
     if s.command == "reward":
         scores = setup.parallel.full_state_dict(0) if isinstance(setup.parallel, FSDP) else run.model.state_dict()
     tensors = {name: t.to(run.dtype) for name, t in whole_model(run, only_first=True).items()}
 
-    def finish():
-        seal_checkpoint(out, run.step, [name for name in files if name])
+    def write():
         if s.command == "reward":
             save_reward_model(run.model, out, tensors, scores["score.weight"].to(run.dtype))
         else:
             save_pretrained(run.model, out, tensors)
         save_tokenizer(run.tokenizer, out, run.source)
+        seal_checkpoint(out, run.step, [name for name in files if name])     # last: a state that counts has its model beside it
 
-    setup.ranks.from_first(finish)
+    setup.ranks.from_first(write)
 
 
 def steps_of(run: Run, measure):
-    """The steps that are left: yields each one's number, and between them measures, saves and heeds signals. `measure(run)`
-    returns what it found, for the log."""
+    """The steps that are left: yields each one's number, and between them measures, saves and heeds signals. measure() returns
+    what it found, for the log."""
     s, ranks, interrupt = run.s, run.setup.ranks, Interrupt()
     eval_every = s.eval_every or max(1, run.total // 5)
     save_every, saved = s.save_every or eval_every, run.step
     with tqdm(total=run.total, initial=run.step, unit="step", desc=s.command, disable=not run.first, mininterval=0.5) as run.bar:
         if run.step == 0:
-            log(run, run.step, measure(run))
+            log(run, run.step, measure())
         while run.step < run.total:
             stop, = ranks.agree(interrupt.signal or int(s.stop_after is not None and run.step >= s.stop_after))
             if stop:
@@ -1603,7 +1653,7 @@ def steps_of(run: Run, measure):
             run.step += 1
             run.bar.update()
             if run.step % eval_every == 0 or run.step == run.total:
-                log(run, run.step, measure(run))
+                log(run, run.step, measure())
             if run.step % save_every == 0 or run.step == run.total:
                 save(run)
                 saved = run.step
@@ -1611,22 +1661,29 @@ def steps_of(run: Run, measure):
             save(run)
     interrupt.restore()
     if run.step < run.total:
-        if run.first:
-            print(f"stopped after step {run.step}; everything is in {run.out}. To go on: align.py {s.command} --resume {run.out}", flush=True)
+        tell(run, f"stopped after step {run.step}; everything is in {run.out}. To go on: align.py {s.command} --resume {run.out}")
         ranks.stop()
         sys.exit(128 + interrupt.signal if interrupt.signal else 0)
 
 
-def log(run: Run, step: int, record: dict):
+SHOWN = ("loss", "reward", "answer", "val_answer", "val_loss", "val_accuracy", "accuracy", "length", "entropy")
+
+
+def log(run: Run, step: int, numbers: dict):
     """A line of log.jsonl, about the state after `step` steps, and what the bar shows of it."""
-    if run.first and record:
-        record = {"step": step, "seconds": round(run.seconds, 3), **{name: None if isinstance(value, float) and not math.isfinite(value)
-                                                                         else value for name, value in record.items()}}
-        with open(run.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = ("loss", "reward", "answer", "val_answer", "val_loss", "val_accuracy", "accuracy", "length", "entropy")
-        run.shown = {**getattr(run, "shown", {}), **{name: f"{record[name]:.3f}" for name in shown if isinstance(record.get(name), float)}}
+    if run.first and numbers:
+        finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+        record = {"step": step, "seconds": round(run.seconds, 3)} | {
+            name: value if finite(value) else None for name, value in numbers.items()}
+        with open(run.out / "log.jsonl", "ab") as file:
+            file.write(json_lines([record]))
+        run.shown |= {name: f"{record[name]:.3f}" for name in SHOWN if isinstance(record.get(name), float)}
         run.bar.set_postfix(run.shown, refresh=False)
+
+
+def json_lines(records) -> bytes:
+    """What a .jsonl file with these records holds."""
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
 def update(run: Run, batches: list[dict[str, Tensor]], loss_of) -> dict[str, float]:
@@ -1661,78 +1718,19 @@ def sum_over_ranks(run: Run, *numbers: float) -> list[float]:
         dist.all_reduce(totals, group=run.setup.ranks.words)
     return totals.tolist()
 
-# ------------------------------------------------------------------------------------------------------------------
-# Supervised tuning
 
 def forward(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """`token_log_probs` of a batch, by way of DDP or FSDP."""
     return run.setup.parallel(batch["input_ids"], batch["labels"], batch["positions"], batch.get("document_ids"))
 
 
-def budget_of(run: Run) -> int:
-    """Tokens per forward pass."""
-    return run.s.micro_tokens or (32768 if run.setup.device.type == "cuda" else 8192)
-
-
-def tell(run: Run, *words):
-    """A line on the terminal, from the first rank."""
-    if run.first:
-        print(*words, flush=True)
-
-
-def describe_run(run: Run, rows: str):
-    """The lines a run begins with."""
-    s, trained = run.s, sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    tell(run, f"model    {s.model}: {human(num_parameters(run.model.config))} parameters" + (f", {human(trained)} of them trained" if s.lora else "")
-         + f"; {run.setup.device.type}, {s.dtype}\ndata     {rows}\n{s.command:<8} {run.total} steps, from step {run.step}; run folder {run.out}")
-
-
-def sft(s: Settings, saved: dict | None):
-    """Supervised tuning: the loss of pre-training, on the answers' tokens alone."""
-    run = open_run(s, saved)
-    template, context = pick_template(run.tokenizer, s.template), run.model.config.max_position_embeddings
-    read = lambda paths: tokenize_rows(run.tokenizer, run.model.config, read_rows(paths, "sft"), template, context) if paths else ([], 0)
-    (examples, dropped), (held_out, _) = read(s.data), read(s.val_data)
-    if not examples:
-        raise ValueError(f"--data {' '.join(s.data)}: no row is left; {dropped} are longer than the context of {context}")
-    run.total = s.steps or max(1, round(s.epochs * len(examples) / s.batch_size))
-    packs = s.pack and run.model.config.position in ("rope", "none")         # positions count on through a packed row
-    describe_run(run, f"{len(examples):,} sequences to learn from, {len(held_out):,} to measure on; {dropped} longer than the context of {context} left out")
-    prompts = [example["ids"][:example["mask"].index(True)] for example in (held_out or examples)[:s.samples]]
-
-    def loss_of(batch):
-        log_probs, uncertainty, _ = forward(run, batch)
-        mask = batch["response_mask"]
-        return sft_loss(log_probs, mask, tokens), {"entropy": (uncertainty * mask).sum() / tokens}
-
-    def measure(run):
-        keep_samples(run, prompts, [{}] * len(prompts))
-        return {"val_loss": mean_loss(run, held_out)} if held_out else {}
-
-    for step in steps_of(run, measure):
-        chosen = [examples[i] for i in epoch_order(len(examples), s.seed, step * s.batch_size, s.batch_size)]
-        tokens = sum(sum(example["mask"]) for example in chosen)
-        items = [(example,) for example in (pack(chosen, context) if packs else chosen)]
-        start = time.perf_counter()
-        numbers = update(run, micro_batches(run, share(run, items), budget_of(run)), loss_of)
-        if step % s.log_every == 0:
-            log(run, step + 1, numbers | {"tokens_per_second": round(sum(len(e["ids"]) for e in chosen) / (time.perf_counter() - start))})
-    finish(run)
-
-
-def finish(run: Run):
-    """The last line."""
-    tell(run, f"{run.s.command:<8} done: {run.out}")
-    run.setup.ranks.stop()
-
-
 @torch.no_grad()
 def per_token(run: Run, model, examples: list[dict], which: int = 0) -> list[list[float]]:
-    """What `model`, called as `token_log_probs`, gives each token to be learnt of this rank's examples, which must be as many on every
-    rank: the log-probability, or another of its results."""
+    """What `model`, called as `token_log_probs`, gives each token to be learnt of this rank's examples, which must be as many on
+    every rank: the log-probability, or another of its results."""
     order, found = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"])), []
     items = [({name: examples[i][name] for name in ("ids", "mask")},) for i in order]
-    for batch in micro_batches(run, items, budget_of(run)):
+    for batch in micro_batches(run, items):
         with run.setup.autocast():
             numbers = model(batch["input_ids"], batch["labels"], batch["positions"])[which].cpu()
         found += [line[mask].tolist() for line, mask in zip(numbers, batch["response_mask"].cpu())]
@@ -1741,11 +1739,9 @@ def per_token(run: Run, model, examples: list[dict], which: int = 0) -> list[lis
 
 def shared_per_token(run: Run, model, examples: list[dict]) -> list[list[float]]:
     """`per_token` of examples that all ranks have, which they share out among them."""
-    ranks = run.setup.ranks
-    mine = [item for item, in fill([(e,) for e in examples[ranks.data_rank::ranks.data_count]], -(-len(examples) // ranks.data_count), (examples[0],))]
-    found = [None] * len(examples)
-    rows_here = per_token(run, model, mine)
-    for rank, rows in enumerate(ranks.everywhere(lambda: rows_here)):
+    ranks, found = run.setup.ranks, [None] * len(examples)
+    mine = per_token(run, model, [example for example, in deal(run, [(example,) for example in examples])])
+    for rank, rows in enumerate(ranks.everywhere(lambda: mine)):
         found[rank::ranks.data_count] = rows[:len(range(rank, len(examples), ranks.data_count))]
     return found
 
@@ -1754,6 +1750,64 @@ def mean_loss(run: Run, examples: list[dict]) -> float:
     """Nats per token to be learnt."""
     numbers = [number for row in shared_per_token(run, run.setup.parallel, examples) for number in row]
     return -sum(numbers) / len(numbers)
+
+
+def tell(run: Run, line: str):
+    """Show something on the terminal, once."""
+    if run.first:
+        print(line, flush=True)
+
+
+def describe_run(run: Run, rows: str):
+    """The lines a run begins with."""
+    s, trained = run.s, sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    size = f"{human(num_parameters(run.model.config))} parameters" + (f", {human(trained)} of them trained" if s.lora else "")
+    tell(run, f"model    {s.model}: {size}; {run.setup.device.type}, {s.dtype}\ndata     {rows}")
+    tell(run, f"{s.command:<8} {run.total} steps, from step {run.step}; run folder {run.out}")
+
+
+def finish(run: Run):
+    """The last line."""
+    tell(run, f"{run.s.command:<8} done: {run.out}")
+    run.setup.ranks.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Supervised tuning
+
+def sft(s: Settings, saved: dict | None):
+    """Supervised tuning: the loss of pre-training, on the answers' tokens alone."""
+    run = open_run(s, saved)
+    template, context = pick_template(run.tokenizer, s.template), run.model.config.max_position_embeddings
+    tokenized = lambda paths: tokenize_rows(run.tokenizer, run.model.config, read_rows(paths, "sft"), template, context)
+    (examples, dropped), (held_out, _) = tokenized(s.data), tokenized(s.val_data or [])
+    if not examples:
+        raise ValueError(f"--data {' '.join(s.data)}: no row is left; {dropped} are longer than the context of {context}")
+    run.total = s.steps or max(1, round(s.epochs * len(examples) / s.batch_size))
+    packs = s.pack and run.model.config.position in ("rope", "none")         # positions count on through a packed row
+    describe_run(run, f"{len(examples):,} sequences to learn from, {len(held_out):,} to measure on; {dropped} longer than the "
+                      f"context of {context} left out")
+    prompts = [example["ids"][:example["mask"].index(True)] for example in (held_out or examples)[:s.samples]]
+
+    def loss_of(batch):
+        log_probs, uncertainty, _ = forward(run, batch)
+        mask = batch["response_mask"]
+        return sft_loss(log_probs, mask, tokens), {"entropy": (uncertainty * mask).sum() / tokens}
+
+    def measure():
+        keep_samples(run, prompts)
+        return {"val_loss": mean_loss(run, held_out)} if held_out else {}
+
+    for step in steps_of(run, measure):
+        chosen = [examples[i] for i in epoch_order(len(examples), s.seed, step * s.batch_size, s.batch_size)]
+        tokens = sum(sum(example["mask"]) for example in chosen)
+        items = [(example,) for example in (pack(chosen, context) if packs else chosen)]
+        start = time.perf_counter()
+        numbers = update(run, micro_batches(run, share(run, items)), loss_of)
+        if step % s.log_every == 0:
+            seconds, read = time.perf_counter() - start, sum(len(example["ids"]) for example in chosen)
+            log(run, step + 1, numbers | {"tokens_per_second": round(read / seconds)})
+    finish(run)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1803,12 +1857,12 @@ def dpo(s: Settings, saved: dict | None):
         if s.length_normalized:
             sums = sums / mask.sum(1).clamp(min=1)
         real = mask.any(1).chunk(2)[0]
-        (policy_chosen, policy_rejected), (reference_chosen, reference_rejected) = [[half[real] for half in row.chunk(2)] for row in sums]
-        if not len(policy_chosen):
+        policy, reference = [[half[real] for half in row.chunk(2)] for row in sums]                     # each chosen, rejected
+        if not real.any():
             return log_probs.sum() * 0, {name: log_probs.sum() * 0 for name in ("accuracy", "margin", "chosen", "rejected")}
-        weight = len(policy_chosen) / run.pairs
-        loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, s.beta)
-        up, down = s.beta * (policy_chosen - reference_chosen), s.beta * (policy_rejected - reference_rejected)
+        weight = len(policy[0]) / run.pairs
+        loss = dpo_loss(*policy, *reference, s.beta)
+        up, down = (s.beta * (ours - theirs) for ours, theirs in zip(policy, reference))
         return loss * weight, {"accuracy": (up > down).float().mean() * weight, "margin": (up - down).mean() * weight,
                                "chosen": up.mean() * weight, "rejected": down.mean() * weight}
 
@@ -1820,20 +1874,22 @@ def learn_pairs(run: Run, loss_of, reference: bool = False):
     s = run.s
     (pairs, dropped), (held_out, _) = read_pairs(run, s.data), read_pairs(run, s.val_data)
     if not pairs:
-        raise ValueError(f"--data {' '.join(s.data)}: no pair is left; {dropped} are longer than the context of {run.model.config.max_position_embeddings}")
+        raise ValueError(f"--data {' '.join(s.data)}: no pair is left; {dropped} are longer than the context of "
+                         f"{run.model.config.max_position_embeddings}")
     run.total = s.steps or max(1, round(s.epochs * len(pairs) / s.batch_size))
-    describe_run(run, f"{len(pairs):,} pairs to learn from, {len(held_out):,} to measure on; {dropped} longer than the context left out")
+    describe_run(run, f"{len(pairs):,} pairs to learn from, {len(held_out):,} to measure on; {dropped} longer than the context "
+                      "left out")
     if reference:
         add_reference(run, [example for pair in pairs + held_out for example in pair])
     prompts = [chosen["ids"][:chosen["mask"].index(True)] for chosen, _ in (held_out or pairs)[:s.samples]]
 
     @torch.no_grad()
-    def measure(run):
+    def measure():
         if s.command == "dpo":
-            keep_samples(run, prompts, [{}] * len(prompts))
+            keep_samples(run, prompts)
         found = {}
         run.pairs = len(held_out)
-        for batch in micro_batches(run, share(run, held_out), budget_of(run)) if held_out else []:
+        for batch in micro_batches(run, share(run, held_out)) if held_out else []:
             with run.setup.autocast():
                 loss, numbers = loss_of(batch)
             for name, number in (numbers | {"loss": loss}).items():
@@ -1843,7 +1899,7 @@ def learn_pairs(run: Run, loss_of, reference: bool = False):
     for step in steps_of(run, measure):
         chosen = [pairs[i] for i in epoch_order(len(pairs), s.seed, step * s.batch_size, s.batch_size)]
         run.pairs, start = len(chosen), time.perf_counter()
-        numbers = update(run, micro_batches(run, share(run, chosen), budget_of(run)), loss_of)
+        numbers = update(run, micro_batches(run, share(run, chosen)), loss_of)
         if step % s.log_every == 0:
             log(run, step + 1, numbers | {"pairs_per_second": round(len(chosen) / (time.perf_counter() - start), 1)})
     finish(run)
@@ -1860,8 +1916,6 @@ def add_reference(run: Run, examples: list[dict]):
                 np.save(file, np.array([number for row in rows for number in row], np.float32))
             os.replace(path.with_suffix(".tmp"), path)
     flat = ranks.from_first(lambda: np.load(path))
-    if len(flat) != sum(sum(example["mask"]) for example in examples):
-        raise ValueError(f"{path} has {len(flat)} numbers, which do not fit --data and --val_data; they must be those that the run began with")
     start = 0
     for example in examples:
         count = sum(example["mask"])
@@ -1873,8 +1927,8 @@ def add_reference(run: Run, examples: list[dict]):
 # Rollouts: the model answers, a program says how well
 
 class RewardProcess:
-    """A function of the user's own, (response, row) -> a number or {"reward", "format", "answer"}, in a process of its own: it may
-    raise, or never return, and costs no more than one answer then."""
+    """A function of the user's own, (response, row) -> a number or {"reward", "format", "answer"}, in a process of its own: it
+    may raise, or never return, and costs no more than one answer then."""
 
     CHILD = """if True:
         import importlib.util, json, os, sys
@@ -1884,6 +1938,7 @@ class RewardProcess:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, sys.argv[2])
+        print("{}", file=pipe, flush=True)
         for line in sys.stdin:
             try:
                 told = {"value": function(*json.loads(line))}
@@ -1892,13 +1947,15 @@ class RewardProcess:
                 line = json.dumps({"error": f"{type(error).__name__}: {error}"})
             print(line, file=pipe, flush=True)
     """
+    START = 120                              # seconds that the file may take to be imported
 
     def __init__(self, path: str, name: str, seconds: float):
         self.path, self.name, self.seconds, self.child, self.failures = path, name, seconds, None, 0
         if not Path(path).exists():
             raise ValueError(f"--reward {path}:{name}: there is no such file")
-        if not regex.search(rf"(?m)^(def {name}\b|{name} *=|from .* import .*\b{name}\b)", Path(path).read_text()):
-            raise ValueError(f"--reward {path}:{name}: the file has no function of that name")
+        if not self.start():
+            raise ValueError(f"--reward {path}:{name}: the file could not be imported in {self.START} seconds, or has no function "
+                             "of that name; what it said stands above")
 
     def __call__(self, response: str, row: dict) -> dict:
         """The function's answer; a reward of 0 where it gives none, which is counted."""
@@ -1911,25 +1968,34 @@ class RewardProcess:
             problem = f"it returned {value!r:.80}, and not a finite number"
         self.failures += 1
         if self.failures == 1:
-            print(f"align.py: the reward function {self.path}:{self.name} failed on {response!r:.80}: {problem}; it counts as 0, and "
-                  "log.jsonl counts how often", file=sys.stderr, flush=True)
+            print(f"align.py: the reward function {self.path}:{self.name} failed on {response!r:.80}: {problem}; it counts as 0, "
+                  "and log.jsonl counts how often", file=sys.stderr, flush=True)
         return {"reward": 0.0, "format": 0.0, "answer": 0.0}
+
+    def start(self) -> bool:
+        """Start the process; whether it is ready. In a session of its own: a Ctrl-C here is not for it."""
+        self.child = subprocess.Popen([sys.executable, "-c", self.CHILD, self.path, self.name], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, start_new_session=True)
+        return self.read(self.START) is not None
 
     def ask(self, response: str, row: dict) -> tuple[str | None, object]:
         """What went wrong, or what was answered."""
-        if self.child is None or self.child.poll() is not None:
-            self.child = subprocess.Popen([sys.executable, "-c", self.CHILD, self.path, self.name], stdin=subprocess.PIPE,
-                                          stdout=subprocess.PIPE)
+        if self.child is None and not self.start():
+            return "its file cannot be imported any more", None
         # in a thread: a function that does not read would let a long answer block the pipe
-        writer = threading.Thread(target=self.send, args=(json.dumps([response, row]).encode() + b"\n",), daemon=True)
-        writer.start()
-        ready, _, _ = select.select([self.child.stdout], [], [], self.seconds)
+        threading.Thread(target=self.send, args=(json.dumps([response, row]).encode() + b"\n",), daemon=True).start()
+        told = self.read(self.seconds)
+        if told is None:
+            return f"it ended its process, or took more than {self.seconds:g} seconds", None
+        return told.get("error"), told.get("value")
+
+    def read(self, seconds: float) -> dict | None:
+        """The process's next line; where none comes in time, the end of the process, and None."""
+        ready, _, _ = select.select([self.child.stdout], [], [], seconds)
         line = self.child.stdout.readline() if ready else b""
         if not line:
             self.stop()
-            return ("it ended its process" if ready else f"it took more than {self.seconds:g} seconds"), None
-        told = json.loads(line)
-        return told.get("error"), told.get("value")
+        return json.loads(line) if line else None
 
     def send(self, line: bytes):
         with suppress(OSError):
@@ -1971,7 +2037,8 @@ def grade(grader, requests: list[Request], rows: list[dict]) -> list[dict]:
     graded = []
     for request, row in zip(requests, rows):
         text = ("<think>" if row.get("thinks") else "") + request.text
-        graded.append({"text": text, **grader(text, row["row"]), "length": len(request.tokens), "cut": request.finish_reason == "length"})
+        graded.append({"text": text, **grader(text, row["row"]), "length": len(request.tokens),
+                       "cut": request.finish_reason == "length"})
     return graded
 
 
@@ -1983,23 +2050,20 @@ def summary(graded: list[dict]) -> dict[str, float]:
         "length_right": mean(right), "length_wrong": mean(wrong)}
 
 
-def keep_samples(run: Run, prompts: list[list[int]], rows: list[dict], engine: Engine | None = None):
+def keep_samples(run: Run, prompts: list[list[int]]):
     """Let the policy answer a few prompts, and append that to samples.jsonl."""
-    if not prompts or isinstance(run.setup.parallel, FSDP) and engine is None:
-        return                                       # a sharded model is gathered where answers are needed, not for show
-    if run.first:
-        engine = engine or Engine(plain_model(run), run.tokenizer, len(prompts))
-        longest = min(run.s.max_new_tokens, engine.context - max(map(len, prompts)))
-        requests = engine.run([Request(prompt, max(1, longest), 0.0, stop=stops(run))
-                               for prompt in prompts])
-        write_samples(run, [{"prompt": run.tokenizer.decode(prompt), "response": request.text} for prompt, request in zip(prompts, requests)])
+    if run.first and prompts and not isinstance(run.setup.parallel, FSDP):   # which is not gathered for show
+        engine = Engine(plain_model(run), run.tokenizer, len(prompts))
+        longest = max(1, min(run.s.max_new_tokens, engine.context - max(map(len, prompts))))
+        requests = engine.run([Request(prompt, longest, 0.0, stop=stops(run)) for prompt in prompts])
+        write_samples(run, [{"prompt": run.tokenizer.decode(request.prompt), "response": request.text} for request in requests])
 
 
 def write_samples(run: Run, records: list[dict]):
     """Append to samples.jsonl."""
     if run.first:
-        with open(run.out / "samples.jsonl", "a") as file:
-            file.write("".join(json.dumps({"step": run.step, **record}, ensure_ascii=False) + "\n" for record in records))
+        with open(run.out / "samples.jsonl", "ab") as file:
+            file.write(json_lines({"step": run.step, **record} for record in records))
 
 
 def read_prompts(run: Run, paths: list[str] | None) -> tuple[list[dict], int]:
@@ -2018,47 +2082,44 @@ def read_prompts(run: Run, paths: list[str] | None) -> tuple[list[dict], int]:
 
 def reinforce(s: Settings, saved: dict | None):
     """Learn from one's own answers: each step the policy answers some prompts several times, the answers are graded, and one
-    or several optimizer steps make the better ones likelier. `expert` learns the right ones as sft does (Anthony et al. 2017, arXiv
-    1705.08439; Zelikman et al. 2022, arXiv 2203.14465); `grpo` and `ppo` weigh every token by its advantage."""
+    or several optimizer steps make the better ones likelier. `expert` learns the right ones as sft does (Anthony et al. 2017,
+    arXiv 1705.08439; Zelikman et al. 2022, arXiv 2203.14465); `grpo` and `ppo` weigh every token by its advantage."""
     run = open_run(s, saved, scored=s.command == "ppo")
     ranks, device, longest = run.setup.ranks, run.setup.device, s.max_new_tokens
     (prompts, dropped), (held_out, _) = read_prompts(run, s.data), read_prompts(run, s.val_data)
     if not prompts:
-        raise ValueError(f"--data {' '.join(s.data)}: no prompt is left; {dropped} leave no room for --max_new_tokens {longest} in the "
-                         f"context of {run.model.config.max_position_embeddings}")
+        raise ValueError(f"--data {' '.join(s.data)}: no prompt is left; {dropped} leave no room for --max_new_tokens {longest} "
+                         f"in the context of {run.model.config.max_position_embeddings}")
     if s.prompts_per_step % ranks.data_count:
         raise ValueError(f"--prompts_per_step {s.prompts_per_step} cannot be divided over {ranks.data_count} rank(s)")
-    grader, scorer = reward_function(s.reward, s.reward_seconds), None
-    if s.reward_model:
-        scorer = reward_scorer(s.reward_model, device.type, run.tokenizer)
-    ranks.everywhere(lambda: [grader("", prompt["row"]) for prompt in (prompts + held_out if grader in REWARDS.values() else [])] and None)
+    grader = reward_function(s.reward, s.reward_seconds)
+    scorer = reward_scorer(s.reward_model, device.type, run.tokenizer) if s.reward_model else None
+    for prompt in prompts + held_out if grader in REWARDS.values() else []:
+        grader("", prompt["row"])                        # a row that lacks something is better known now
     stop = stops(run)
     run.total = s.steps
-    describe_run(run, f"{len(prompts):,} prompts, {len(held_out):,} to measure on; {dropped} that leave no room for an answer left out")
+    describe_run(run, f"{len(prompts):,} prompts, {len(held_out):,} to measure on; {dropped} that leave no room for an answer "
+                      "left out")
     reference = reference_model(run) if s.kl else None
     context = max(len(prompt["ids"]) for prompt in prompts + held_out) + longest
     dtype = getattr(torch, s.dtype)
     engine = Engine(plain_model(run), run.tokenizer, min(s.slots, s.prompts_per_step * s.group_size), context, dtype=dtype)
-    fresh = True                                         # the engine has the policy's weights
 
-    def measure(run):
-        nonlocal fresh
+    def measure():
         if not held_out:
             return {}
-        if not fresh:
-            engine.refresh(plain_model(run))
-            fresh = True
+        engine.refresh(plain_model(run))
         mine = held_out[ranks.data_rank::ranks.data_count]
         requests = answer_prompts(engine, [prompt["ids"] for prompt in mine], s, stop, [None] * len(mine), 0.0)
         graded = [g for part in ranks.everywhere(lambda: grade(grader, requests, mine)) for g in part]
-        write_samples(run, [{"prompt": run.tokenizer.decode(prompt["ids"]), "response": g["text"], "truth": prompt["row"].get("answer"),
-                             "reward": g["reward"]} for prompt, g in zip(mine[:s.samples], graded)])
+        write_samples(run, [{"prompt": run.tokenizer.decode(prompt["ids"]), "response": g["text"],
+                             "truth": prompt["row"].get("answer"), "reward": g["reward"]}
+                            for prompt, g in zip(mine[:s.samples], graded)])
         return {f"val_{name}": value for name, value in summary(graded).items()}
 
     for step in steps_of(run, measure):
         start = time.perf_counter()
-        if not fresh:
-            engine.refresh(plain_model(run))
+        engine.refresh(plain_model(run))
         each = s.prompts_per_step // ranks.data_count
         first = step * s.prompts_per_step + ranks.data_rank * each
         mine = [prompts[i] for i in epoch_order(len(prompts), s.seed, first, each) for _ in range(s.group_size)]
@@ -2071,20 +2132,21 @@ def reinforce(s: Settings, saved: dict | None):
         written = time.perf_counter()
 
         examples = [make_example(prompt["ids"], r.tokens) | {"old": r.token_log_probs} for prompt, r in zip(mine, requests)]
+        if s.temperature != 1:                           # the engine's are those of temperature 1
+            for example, row in zip(examples, per_token(run, run.setup.parallel, examples)):
+                example["old"] = row
         if reference:
             for example, row in zip(examples, per_token(run, reference, examples)):
                 example["reference"] = row
         add_advantages(run, examples, torch.tensor([g["reward"] for g in graded], dtype=torch.float32))
         numbers = learn_from(run, examples, step)
-        fresh = False
         trained = time.perf_counter()
         if step % s.log_every == 0:
-            groups = torch.tensor([g["reward"] for g in graded]).view(-1, s.group_size)
-            mine_first = (graded, float((groups == groups[:, :1]).all(1).float().mean()), getattr(grader, "failures", 0))
-            everyone = ranks.everywhere(lambda: mine_first)
-            everything = [g for part, _, _ in everyone for g in part]
+            parts, failures = zip(*ranks.everywhere(lambda: (graded, getattr(grader, "failures", 0))))
+            everything = [g for part in parts for g in part]
+            groups = torch.tensor([g["reward"] for g in everything]).view(-1, s.group_size)
             log(run, step + 1, summary(everything) | numbers | {
-                "equal_groups": float(np.mean([equal for _, equal, _ in everyone])), "reward_failures": sum(failed for _, _, failed in everyone),
+                "equal_groups": float((groups == groups[:, :1]).all(1).float().mean()), "reward_failures": sum(failures),
                 "tokens": sum(g["length"] for g in everything), "seconds_writing": round(written - start, 3),
                 "seconds_training": round(trained - written, 3), "memory_bytes": peak_memory(device)})
     if isinstance(grader, RewardProcess):
@@ -2093,15 +2155,15 @@ def reinforce(s: Settings, saved: dict | None):
 
 
 def add_advantages(run: Run, examples: list[dict], rewards: Tensor):
-    """Give every token its advantage, from the answers' rewards (N,): that of its answer in its group, or, for PPO, what the value
-    head had not expected, with its "value" and "return" beside it."""
-    s = run.s
+    """Give every token its advantage, from the answers' rewards (N,): that of its answer in its group, or, for PPO, what the
+    value head had not expected, with its "value" and "return" beside it."""
+    s, answers = run.s, rewards
+    if s.command == "ppo":
+        return add_values(run, examples, rewards)
     if s.command == "expert":
         answers = (rewards > 0.5).float()
-    elif s.command == "grpo":
-        answers = group_advantages(rewards, s.group_size, normalize_by_std=s.normalize_by_std) if s.baseline == "group" else rewards
-    else:
-        return add_values(run, examples, rewards)
+    elif s.baseline == "group":
+        answers = group_advantages(rewards, s.group_size, normalize_by_std=s.normalize_by_std)
     for example, advantage in zip(examples, answers.tolist()):
         example["advantage"] = [advantage] * len(example["old"])
 
@@ -2127,43 +2189,43 @@ def add_values(run: Run, examples: list[dict], rewards: Tensor):
 
 
 def learn_from(run: Run, examples: list[dict], step: int) -> dict[str, float]:
-    """--passes over a step's answers, in --updates optimizer steps each; the numbers of the last one, and means over all of what is
-    cut off. Answers whose tokens have no advantage add nothing to the gradient and are not computed; they count all the same."""
+    """--passes over a step's answers, in --updates optimizer steps each; the numbers of the last one, and means over all of what
+    is cut off. Answers whose tokens have no advantage add nothing to the gradient and are not computed; they count all the
+    same."""
     s, found = run.s, []
+    size = lambda some: sum(len(example["old"]) for example in some)
 
     def loss_of(batch):
         log_probs, uncertainty, values = forward(run, batch)
         mask = batch["response_mask"]
-        weights = token_weights(mask, "token" if s.command == "expert" else s.normalize_length, rows, tokens, s.max_new_tokens)
-        if s.command == "expert":
-            return sft_loss(log_probs, mask, right), {"entropy": (uncertainty * mask).sum() / computed}
-        old = None if s.objective == "reinforce" else batch["old"]
-        each, cut = policy_loss(log_probs, batch["advantage"], old, s.clip_ratio if s.objective in (None, "clip") else None, s.clip_ratio_high)
-        numbers = {"entropy": uncertainty, "clip_fraction": cut.float(), "ratio_off": (log_probs.detach() - batch["old"]).abs()}
+        if s.command == "expert":                        # what matters are the right answers
+            return sft_loss(log_probs, mask, computed), {"entropy": (uncertainty * mask).sum() / computed}
+        clip, old = None if s.objective == "ratio" else s.clip_ratio, None if s.objective == "reinforce" else batch["old"]
+        each, cut = policy_loss(log_probs, batch["advantage"], old, clip, s.clip_ratio_high)
+        numbers = {"entropy": uncertainty, "clip_fraction": cut.float(), "ratio_off": (log_probs - batch["old"]).abs()}
         if "reference" in batch:
-            divergence = kl_penalty(log_probs, batch["reference"])
-            each = each + s.kl * divergence if s.command == "grpo" else each       # PPO's is in its rewards
-            numbers["kl"] = divergence.detach()
+            numbers["kl"] = kl_penalty(log_probs, batch["reference"])
+            each = each + s.kl * numbers["kl"] if s.command == "grpo" else each    # PPO's is in its rewards
         if values is not None:
             numbers["value_loss"] = value_loss(values, batch["value"], batch["return"], s.clip_ratio)
             each = each + s.value_weight * numbers["value_loss"]
+        weights = token_weights(mask, s.normalize_length, rows, tokens, s.max_new_tokens)
         return (each * weights).sum(), {name: (number.detach() * mask).sum() / computed for name, number in numbers.items()}
 
     for number in range(s.passes):
         order = np.random.default_rng([s.seed, step, number]).permutation(len(examples))
         for part in np.array_split(order, s.updates):
             chosen = [examples[i] for i in part]
-            matter = [(example,) for example in chosen if s.kl or s.command == "ppo" or any(example["advantage"])]
-            rows, tokens, computed, right = sum_over_ranks(run, len(chosen), sum(len(example["old"]) for example in chosen), sum(
-                len(example["old"]) for example, in matter), sum(len(e["old"]) for e in chosen if any(e["advantage"])))
+            matter = [example for example in chosen if s.kl or s.command == "ppo" or any(example["advantage"])]
+            rows, tokens, computed = sum_over_ranks(run, len(chosen), size(chosen), size(matter))
             count, = run.setup.ranks.agree(len(matter))
             if count:
-                items = fill(matter, int(count), (chosen[0],))
-                found.append(update(run, micro_batches(run, items, budget_of(run)), loss_of))
+                items = fill([(example,) for example in matter], int(count), (chosen[0],))
+                found.append(update(run, micro_batches(run, items), loss_of))
     if not found:
         return {"loss": 0.0, "skipped": run.skipped}
-    means = {name: float(np.mean([numbers[name] for numbers in found])) for name in ("clip_fraction", "ratio_off", "entropy") if name in found[0]}
-    return found[-1] | means
+    averaged = found[0].keys() & {"clip_fraction", "ratio_off", "entropy"}
+    return found[-1] | {name: float(np.mean([numbers[name] for numbers in found])) for name in averaged}
 
 
 def reference_model(run: Run):
@@ -2177,7 +2239,7 @@ def reference_model(run: Run):
     model, tokenizer = open_folder(run.s.model, run.setup.device.type, getattr(torch, run.s.dtype))
     if run.s.chat_template:
         model, _ = add_chat_template(model, tokenizer, run.s.chat_template)
-    return partial(token_log_probs, model.eval().requires_grad_(False))
+    return partial(token_log_probs, model.eval().requires_grad_(False), temperature=run.s.temperature)
 
 
 def reward_scorer(folder, device: str | None, tokenizer: Tokenizer):
@@ -2694,7 +2756,7 @@ def win_rate(engine: Engine, path: Path, options: Evaluation) -> list[dict]:
     ours = answers_to(engine, prompts, options, 512)
     for name, theirs in others:
         pairs = [(prompt, text, other) for prompt, (_, text), other in zip(prompts, ours, theirs)]
-        found = judged(pairs, options) if options.judge else scored(pairs, engine.tokenizer, options)
+        found = judged(pairs, options) if options.judge else scored(pairs, engine.tokenizer, engine.model.config, options)
         for (number, _), (prompt, text, other), (record, _), (share, scores) in zip(rows, pairs, ours, found):
             named = {f"{metric} {name}": x for metric, x in scores.items()}
             records.append({"id": f"{name} {number}", **record, "instruction": plain_text(prompt), "response": text,
@@ -2744,12 +2806,12 @@ def judged(pairs: list[tuple], options: Evaluation) -> list[tuple[float | None, 
     return made
 
 
-def scored(pairs: list[tuple], tokenizer, options: Evaluation) -> list[tuple[float, dict]]:
+def scored(pairs: list[tuple], tokenizer, config: Config, options: Evaluation) -> list[tuple[float, dict]]:
     """The same by the scorer: the higher score wins."""
     template, made = pick_template(tokenizer, options.template), []
     for prompt, *answers in tqdm(pairs, unit="pair", desc="scores", leave=False):
-        ids = prompt_tokens(tokenizer, prompt, template)
-        ours, theirs = (options.scorer(ids, response_tokens(tokenizer, text)) for text in answers)
+        ids, end = prompt_tokens(tokenizer, prompt, template), turn_end(tokenizer, config, template)
+        ours, theirs = (options.scorer(ids, response_tokens(tokenizer, text) + end) for text in answers)
         made.append((share := 0.5 if ours == theirs else float(ours > theirs), {"win rate against": share}))
     return made
 
@@ -2879,7 +2941,7 @@ def evaluate_folder(folder, tasks: list[str], data: dict[str, Path | None], opti
             continue
         if results.pop(task, None):                      # a kill must not leave new records under old settings
             save()
-        write_atomically(file, *(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+        write_atomically(file, json_lines(records))
         if task == "win-rate":
             outputs = {record["instruction"]: record["response"] for record in records}
             rows = [{"instruction": said, "output": text, "generator": str(folder)} for said, text in outputs.items()]
@@ -2912,80 +2974,90 @@ def evaluate_models(model, before, tasks: list[str], data: list[str], options: E
     earlier = evaluate_folder(before, tasks, places, options, out and Path(out, "before")) if before else None
     print_table(evaluation_table(after, earlier))
 
+
 # ------------------------------------------------------------------------------------------------------------------
 # Preferences from a model's own answers
 
 def generate_preferences(args):
-    """Several answers to each prompt from a model, ranked by a verifier, a reward model or a judge: the best and the worst become a
-    row of {"prompt", "chosen", "rejected"}; where all are equally good there is no row. A judge is asked about every two answers in both
-    orders, so that a liking for the first place cancels. What is done stands in OUT.part until all is, and is taken over from there."""
-    judges = [name for name in ("reward", "reward_model", "judge") if getattr(args, name)]
-    if len(judges) != 1:
+    """Several answers to each prompt from a model, ranked by a verifier, a reward model or a judge: the best and the worst become
+    a row of {"prompt", "chosen", "rejected"}; where all are equally good there is no row. A judge is asked about every two
+    answers in both orders, so that a liking for the first place cancels. What is done stands in OUT.part until all is, and is
+    taken over from there."""
+    if sum(bool(judge) for judge in (args.reward, args.reward_model, args.judge)) != 1:
         raise ValueError("generate-preferences needs one of --reward, --reward_model and --judge to rank the answers")
     if args.answers < 2 or args.temperature <= 0:
-        raise ValueError(f"--answers is {args.answers} and --temperature {args.temperature:g}; it takes two answers at least, and a temperature "
-                         "above 0 for them to differ")
-    options = Evaluation(samples=args.answers, max_new_tokens=args.max_new_tokens, temperature=args.temperature, template=args.template,
-                         judge=args.judge, seed=args.seed, device=args.device)
+        raise ValueError(f"--answers is {args.answers} and --temperature {args.temperature:g}; it takes two answers at least, "
+                         "and a temperature above 0 for them to differ")
+    options = Evaluation(samples=args.answers, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                         template=args.template, judge=args.judge, device=args.device)
     rows = read_rows(args.data, "prompt", need_answer=args.reward is not None)
     grader = reward_function(args.reward, args.reward_seconds) if args.reward else None
     engine, part = open_engine(args.model, options), Path(f"{args.out}.part")
     scorer = reward_scorer(args.reward_model, args.device, engine.tokenizer) if args.reward_model else None
-    done = [json.loads(line) for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")] if part.exists() else []
+    asked_for = {name: value for name, value in vars(args).items() if name != "device"} | {"files": hash_files(args.data)}
+    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+    first, *done = [json.loads(line) for line in lines if line.endswith(b"\n")] or [asked_for]  # not one that a kill cut short
+    if first != asked_for:
+        raise ValueError(f"{part} was begun with other settings or prompts; remove it, or choose another --out")
     print(f"{len(rows):,} prompts" + (f", {len(done):,} of which are done" if done else ""), flush=True)
-    if done:                                             # a line cut short by a kill does not count
-        write_atomically(part, *(json.dumps(pair).encode() + b"\n" for pair in done))
+    write_atomically(part, json_lines([asked_for, *done]))
+    opening = "<think>" if pick_template(engine.tokenizer, args.template).rstrip().endswith("<think>") else ""
     for start in range(len(done), len(rows), 64):
-        block = rows[start:start + 64]
-        asked = ask(engine, [row["prompt"] for row in block], [[] for _ in block], replace(options, seed=args.seed + start * args.answers), 512)
-        texts = [[request.text.strip() for request in requests] for _, requests in asked]
+        block, options.seed = rows[start:start + 64], args.seed + start * args.answers
+        asked = ask(engine, [row["prompt"] for row in block], [[] for _ in block], options, args.max_new_tokens)
+        # an answer that was cut off is none to learn from
+        texts = [["" if request.finish_reason == "length" else request.text for request in requests] for _, requests in asked]
         if grader:
-            scores = [[grader(text, row)["reward"] for text in of_row] for of_row, row in zip(texts, block)]
+            scores = [[grader(opening + text, row)["reward"] for text in of_row] for of_row, row in zip(texts, block)]
         elif scorer:
-            scores = [scorer([request.prompt + request.tokens for request in requests]) if requests else [] for _, requests in asked]
+            scores = [scorer([request.prompt + request.tokens for request in requests]) for _, requests in asked]
         else:
             scores = tournament([row["prompt"] for row in block], texts, options)
-        pairs = []
-        for row, of_row, of_score in zip(block, texts, scores):
-            kept = [(x, text) for x, text in zip(of_score, of_row) if x is not None and text]
-            (worst, rejected), (best, chosen) = (min(kept, key=lambda pair: pair[0]), max(kept, key=lambda pair: pair[0])) if kept else ((0, ""), (0, ""))
-            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected} if best > worst and chosen != rejected else None)
-        with open(part, "a") as file:
-            file.write("".join(json.dumps(pair) + "\n" for pair in pairs))
+        pairs = [best_and_worst(row["prompt"], *both) for row, *both in zip(block, texts, scores)]
+        with open(part, "ab") as file:
+            file.write(json_lines(pairs))
         done += pairs
     kept = [pair for pair in done if pair]
     if not kept:
-        raise ValueError(f"no prompt has answers of which one is better; {part} has what was tried. Raise --temperature or --answers")
-    write_atomically(args.out, *(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in kept))
+        raise ValueError(f"no prompt has answers of which one is better: all were alike, equally good, or cut off; "
+                         f"remove {part} and try another --temperature, --answers or --max_new_tokens")
+    write_atomically(args.out, json_lines(kept))
     part.unlink()
-    print(f"{args.out}: {len(kept):,} pairs from {len(rows):,} prompts; the answers to {len(rows) - len(kept):,} were all alike or equally good")
+    print(f"{args.out}: {len(kept):,} pairs from {len(rows):,} prompts; the answers to {len(rows) - len(kept):,} were all alike, "
+          "equally good, or cut off")
+
+
+def best_and_worst(prompt, texts: list[str], scores: list[float | None]) -> dict | None:
+    """The row of a prompt's answers; None where none is better than another."""
+    ranked = [(x, text) for x, text in zip(scores, texts) if x is not None and text.strip()]
+    if not ranked:
+        return None
+    (low, rejected), (high, chosen) = (pick(ranked, key=operator.itemgetter(0)) for pick in (min, max))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} if high > low and chosen != rejected else None
 
 
 def tournament(prompts: list, answers: list[list[str]], options: Evaluation) -> list[list[float | None]]:
     """The mean share that each answer wins against the others to its prompt, by the judge model."""
-    pairs = [(prompt, of_row[i], of_row[j]) for prompt, of_row in zip(prompts, answers) for i in range(len(of_row)) for j in range(i)]
-    shares, scores = iter(judged(pairs, options)), []
-    for of_row in answers:
-        won = [[] for _ in of_row]
-        for i in range(len(of_row)):
-            for j in range(i):
-                share = next(shares)[0]
-                if share is not None:
-                    won[i].append(share)
-                    won[j].append(1 - share)
-        scores.append([sum(w) / len(w) if w else None for w in won])
-    return scores
+    places = [(row, i, j) for row, texts in enumerate(answers) for i in range(len(texts)) for j in range(i)]
+    won = [[[] for _ in texts] for texts in answers]
+    found = judged([(prompts[row], answers[row][i], answers[row][j]) for row, i, j in places], options)
+    for (row, i, j), (share, _) in zip(places, found):
+        if share is not None:
+            won[row][i].append(share)
+            won[row][j].append(1 - share)
+    return [[sum(shares) / len(shares) if shares else None for shares in of_row] for of_row in won]
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # The demonstration: python align.py
 #
 # A world small enough to learn in minutes: numbers in words and in digits. The base model reads text about it, sums of two
-# numbers among others. Tuning teaches it to answer a question in a form, and, rarely, what a sum of three is. Preferences take out
-# the pleasantries, with which half of the answers that it was tuned on begin and end. What is left is to get sums of three right, for
-# which there are no more worked answers, only a program that knows whether the answer is right.
+# numbers among others. Tuning teaches it to answer a question in a form, and, rarely, what a sum of three is. Preferences take
+# out the pleasantries, with which half of the answers that it was tuned on begin and end. What is left is to get sums of three
+# right, for which there are no more worked answers, only a program that knows whether the answer is right.
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen").split()
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -3032,10 +3104,11 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
 
     chatty = lambda answer: f"Sure! {answer} I hope that helps."
     rows = {"base": [{"text": "\n".join(world(dice) for _ in range(8))} for _ in range(sizes["base"])]}
-    rows["sft"] = [{"prompt": q, "response": chatty(a) if dice.random() < 0.5 else a} for q, a, _ in (question(0.3) for _ in range(sizes["sft"]))]
-    rows["pairs"] = [{"prompt": q, "chosen": a, "rejected": chatty(a)} for q, a, _ in (question(0.5) for _ in range(sizes["pairs"]))]
+    questions = lambda name, share: (question(share) for _ in range(sizes[name]))
+    rows["sft"] = [{"prompt": q, "response": chatty(a) if dice.random() < 0.5 else a} for q, a, _ in questions("sft", 0.3)]
+    rows["pairs"] = [{"prompt": q, "chosen": a, "rejected": chatty(a)} for q, a, _ in questions("pairs", 0.5)]
     for name in ("held_out", "prompts"):
-        rows[name] = [{"prompt": q, "answer": total} for q, _, total in (question(1) for _ in range(sizes[name]))]
+        rows[name] = [{"prompt": q, "answer": total} for q, _, total in questions(name, 1)]
     held_out = {row["prompt"] for row in rows["held_out"]}
     for name in ("sft", "pairs", "prompts"):
         rows[name] = [row for row in rows[name] if row["prompt"] not in held_out]
@@ -3043,7 +3116,7 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
     rows["tokenizer"] = [{"text": row["prompt"] + row["response"]} for row in rows["sft"]] + rows["base"][:len(rows["sft"])]
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_kind in rows.items():
-        write_atomically(folder / f"{name}.jsonl", *(json.dumps(row).encode() + b"\n" for row in of_kind))
+        write_atomically(folder / f"{name}.jsonl", json_lines(of_kind))
     vocab, merges = train_bpe(folder / "tokenizer.jsonl", 512, pattern=PATTERNS["qwen2"])               # which splits digits
     tokenizer = Tokenizer(vocab, merges, ["<|endoftext|>"], PATTERNS["qwen2"])
     tokenizer.save(folder / "tokens" / "tokenizer.json")
@@ -3056,20 +3129,22 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
 
 
 SIZES = {"base": 36_000, "sft": 2000, "pairs": 640, "prompts": 8000, "held_out": 400}                      # rows
-STAGES = {"base": ("--steps", 450, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4), "dpo": ("--epochs", 1),
-          "grpo": ("--steps", 120)}
-SHAPE = ("--preset", "tiny", "--hidden_size", 128, "--num_hidden_layers", 3, "--num_attention_heads", 4, "--num_key_value_heads", 2,
-         "--intermediate_size", 384, "--sequence_length", 128)
+STAGES = {"base": ("--steps", 450, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4),
+          "dpo": ("--epochs", 1), "grpo": ("--steps", 120)}
+SHAPE = ("--preset", "tiny", "--hidden_size", 128, "--num_hidden_layers", 3, "--num_attention_heads", 4,
+         "--num_key_value_heads", 2, "--intermediate_size", 384, "--sequence_length", 128)
 
 
 def stage_flags(command: str, model: Path, data: Path, out: Path, seed: int) -> tuple:
     """The command line of a stage of the demonstration."""
-    files = {"sft": "sft", "dpo": "pairs", "grpo": "prompts"}
-    more = {"sft": ("--learning_rate", 2e-3, "--max_new_tokens", 72), "dpo": ("--learning_rate", 1e-4, "--max_new_tokens", 72),
-            "grpo": ("--val_data", data / "held_out.jsonl", "--reward", "think", "--learning_rate", 3e-4, "--max_new_tokens", 72,
-                     "--prompts_per_step", 64, "--group_size", 8, "--updates", 2, "--normalize_length", "constant", "--slots", 512)}
-    return (command, "--model", model, "--data", data / f"{files[command]}.jsonl", "--out", out, "--dtype", "float32", "--device", "cpu",
-            "--seed", seed, *more[command])
+    file, more = {
+        "sft": ("sft", ("--learning_rate", 2e-3)),
+        "dpo": ("pairs", ("--learning_rate", 1e-4)),
+        "grpo": ("prompts", ("--learning_rate", 3e-4, "--val_data", data / "held_out.jsonl", "--reward", "think", "--updates", 2,
+                             "--prompts_per_step", 64, "--group_size", 8, "--normalize_length", "constant", "--slots", 512)),
+    }[command]
+    return (command, "--model", model, "--data", data / f"{file}.jsonl", "--out", out, "--dtype", "float32", "--device", "cpu",
+            "--seed", seed, "--max_new_tokens", 72, *more)
 
 
 def run_stage(*arguments):
@@ -3085,12 +3160,12 @@ def report_card(folder: Path, data: Path, seed: int) -> dict[str, tuple[float, f
     rows = read_rows(data / "held_out.jsonl", "prompt")
     engine = Engine(model, tokenizer, slots=len(rows), context=model.config.max_position_embeddings)
     prompts, card = [prompt_tokens(tokenizer, row["prompt"], "raw") for row in rows], {}
+    mean = lambda name: mean_and_error([grade[name] for grade in grades], [1] * len(grades))[:2]
     for name, temperature in (("accuracy", 0.0), ("drawn", 1.0)):
         requests = engine.run([Request(prompt, 72, temperature, seed=seed + i) for i, prompt in enumerate(prompts)])
         grades = [{**reward_think(request.text, row), "length": len(request.tokens)} for request, row in zip(requests, rows)]
-        card[name] = mean_and_error([grade["answer"] for grade in grades], [1] * len(grades))[:2]
-    card["format"], card["length"] = (mean_and_error([grade[name] for grade in grades], [1] * len(grades))[:2] for name in ("format", "length"))
-    return card | {"answer": (requests[0].text.strip(), None)}
+        card[name] = mean("answer")
+    return card | {"format": mean("format"), "length": mean("length"), "answer": (requests[0].text.strip(), None)}
 
 
 def demonstrate(out: Path, seed: int, sizes: dict[str, int] = SIZES, stages: dict[str, tuple] = STAGES) -> dict[str, dict]:
@@ -3099,8 +3174,10 @@ def demonstrate(out: Path, seed: int, sizes: dict[str, int] = SIZES, stages: dic
         raise ValueError(f"--out {out} holds a demonstration already; choose another folder, or remove it")
     start, data = time.perf_counter(), out / "data"
     make_worlds(data, seed, sizes)
-    print(f"{data}: " + ", ".join(f"{count:,} {name}" for name, count in sizes.items()) + f" ({time.perf_counter() - start:.0f} s)", flush=True)
-    train.run("train.py", "--data", data / "tokens", "--out", out / "base", "--seed", seed, "--device", "cpu", *SHAPE, *stages["base"])
+    counts = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
+    print(f"{data}: {counts} ({time.perf_counter() - start:.0f} s)", flush=True)
+    train.run("train.py", "--data", data / "tokens", "--out", out / "base", "--seed", seed, "--device", "cpu", *SHAPE,
+              *stages["base"])
     cards, before = {"base": report_card(out / "base", data, seed)}, "base"
     for stage in ("sft", "dpo", "grpo"):
         run_stage(*stage_flags(stage, out / before, data, out / stage, seed), *stages[stage])
@@ -3110,8 +3187,8 @@ def demonstrate(out: Path, seed: int, sizes: dict[str, int] = SIZES, stages: dic
     print(f"\nasked: {json.loads((data / 'held_out.jsonl').read_text().splitlines()[0])['prompt'].strip()}")
     for stage, card in cards.items():
         print(f"{stage:<5} {card['answer'][0]!r:.110}")
-    print(f"\n{time.perf_counter() - start:.0f} seconds. To ask the model yourself: python sample.py --model {out / 'grpo'} --prompt 'What is two plus "
-          "two plus two?\n'", flush=True)
+    print(f"\n{time.perf_counter() - start:.0f} seconds. To ask the model yourself: python sample.py --model {out / 'grpo'} "
+          "--prompt 'What is two plus two plus two?\n'", flush=True)
     return cards
 
 
@@ -3119,14 +3196,18 @@ def card_table(cards: dict[str, dict]) -> list[list[str]]:
     """Rows for print_table: shares of held-out sums of three, ± standard errors."""
     share = lambda pair: f"{pair[0]:.1%}" + (f" ± {pair[1]:.1%}" if pair[1] is not None else "")
     return [["", "right, the likeliest answer", "right, one drawn", "in the form", "tokens an answer"]] + [
-        [stage, *(share(card[name]) for name in ("accuracy", "drawn", "format")), f"{card['length'][0]:.1f}"] for stage, card in cards.items()]
+        [stage, *(share(card[name]) for name in ("accuracy", "drawn", "format")), f"{card['length'][0]:.1f}"]
+        for stage, card in cards.items()]
 
 
 # what the last stage is without one of its choices
-ABLATIONS = {"as it is": (), "no baseline": ("--baseline", "none"), "no standard deviation": ("--no-normalize_by_std",),
-             "each answer alike (length)": ("--normalize_length", "sequence"), "each token alike": ("--normalize_length", "token"),
-             "one update a step (on-policy)": ("--updates", 1), "eight updates a step": ("--updates", 8), "eight, not clipped": ("--updates", 8, "--objective", "ratio"),
-             "eight, no ratio": ("--updates", 8, "--objective", "reinforce")}
+ABLATIONS = {
+    "as it is": (), "no baseline": ("--baseline", "none"), "no standard deviation": ("--no_normalize_by_std",),
+    "each answer alike (length)": ("--normalize_length", "sequence"), "each token alike": ("--normalize_length", "token"),
+    "one update a step (on-policy)": ("--updates", 1), "eight updates a step": ("--updates", 8),
+    "eight, not clipped": ("--updates", 8, "--objective", "ratio"),
+    "eight, no ratio": ("--updates", 8, "--objective", "reinforce"),
+}
 
 
 def ablate(out: Path, seed: int, names: list[str] | None, flags: tuple = STAGES["grpo"]):
@@ -3153,6 +3234,7 @@ def ablate(out: Path, seed: int, names: list[str] | None, flags: tuple = STAGES[
 
 BENCH = Config(vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
                num_key_value_heads=6, max_position_embeddings=512, eos_token_id=256)
+ROWS_IN = {"sft": 16, "dpo": 8}
 TIMED = {                                                # what is timed: our command, TRL's trainer and its settings
     "SFT, 16 rows": ("sft", "SFT", {}),
     "DPO, 8 pairs": ("dpo", "DPO", {"precompute_ref_log_probs": True}),
@@ -3161,10 +3243,11 @@ TIMED = {                                                # what is timed: our co
 
 
 def bench(rounds: int = 3):
-    """How long a step of SFT and of DPO takes on this CPU, beside TRL where it is installed: the two take turns, and what counts is the
-    median of the paired ratios. A step is all between the end of one and the end of the next: batching token ids (prompts
-    and responses of 20 to 200 each, the same in every step), forward, backward, AdamW, a line of the log. Texts are tokenized, and
-    the reference's log-probabilities of DPO taken, before; only TRL without precompute_ref_log_probs takes them in each step."""
+    """How long a step of SFT and of DPO takes on this CPU, beside TRL where it is installed: the two take turns, and what counts
+    is the median of the paired ratios. A step is all between the end of one and the end of the next: batching token ids (prompts
+    and responses of 20 to 200 each, the same in every step), forward, backward, AdamW, a line of the log. Texts are tokenized,
+    and the reference's log-probabilities of DPO taken, before; only TRL without precompute_ref_log_probs takes them in each
+    step."""
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1")
     steps, times = 4, {}
@@ -3176,8 +3259,8 @@ def bench(rounds: int = 3):
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                 pair = our_step(Path(folder), command, dtype, steps), trl_step(Path(folder), trainer, dtype, steps, settings)
             times.setdefault(f"{name}, {dtype}", []).append(pair)
-    print(f"{human(num_parameters(BENCH))} parameters, random weights; CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; "
-          f"medians of {rounds} rounds of {steps - 2} steps\n")
+    print(f"{human(num_parameters(BENCH))} parameters, random weights; CPU, {torch.get_num_threads()} threads; torch "
+          f"{torch.__version__}; medians of {rounds} rounds of {steps - 2} steps\n")
     milliseconds = lambda seconds: f"{1000 * np.median(seconds):,.0f} ms"
     table = [["a step of", "here", "TRL", "TRL / here", "from ... to"]]
     for name, pairs in times.items():
@@ -3199,17 +3282,18 @@ def write_bench(folder: Path):
     text = lambda: "".join(rng.choices(string.ascii_lowercase + " ", k=rng.randint(20, 200)))
     save_pretrained(Transformer(BENCH), folder)
     Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"]).save(folder)
-    for command, count, names in (("sft", 16, ("prompt", "completion")), ("dpo", 8, ("prompt", "chosen", "rejected"))):
-        (folder / f"{command}.jsonl").write_text("".join(json.dumps({name: text() for name in names}) + "\n" for _ in range(count)))
+    for command, names in ("sft", ("prompt", "completion")), ("dpo", ("prompt", "chosen", "rejected")):
+        rows = [{name: text() for name in names} for _ in range(ROWS_IN[command])]
+        write_atomically(folder / f"{command}.jsonl", json_lines(rows))
 
 
 def our_step(folder: Path, command: str, dtype: str, steps: int) -> float:
     """Median seconds of a step of a command, without the first; all rows are in every batch."""
     with tempfile.TemporaryDirectory() as out:
         LOOPS[command](*parse_command(command, [
-            "--model", str(folder), "--data", str(folder / f"{command}.jsonl"), "--out", out, "--dtype", dtype, "--device", "cpu", "--samples", "0",
-            "--steps", str(steps), "--eval_every", str(steps), "--batch_size", "16" if command == "sft" else "8"]))
-        ends = [json.loads(line)["seconds"] for line in Path(out, "log.jsonl").read_text().splitlines()]
+            "--model", str(folder), "--data", str(folder / f"{command}.jsonl"), "--out", out, "--dtype", dtype, "--device", "cpu",
+            "--samples", "0", "--steps", str(steps), "--eval_every", str(steps), "--batch_size", str(ROWS_IN[command])]))
+        ends = [record["seconds"] for _, record in read_objects(f"{out}/log.jsonl")]
     return float(np.median(np.diff(ends)[1:]))
 
 
@@ -3227,13 +3311,15 @@ def trl_step(folder: Path, name: str, dtype: str, steps: int, settings: dict) ->
         def on_step_end(self, *arguments, **more):
             ends.append(time.perf_counter())
 
-    rows = [json.loads(line) for line in (folder / f"{name.lower()}.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_objects(f"{folder}/{name.lower()}.jsonl")]
     arguments = getattr(trl, name + "Config")(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=dtype == "bfloat16", per_device_train_batch_size=len(rows), max_steps=steps,
-        gradient_checkpointing=False, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, **settings)
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=dtype == "bfloat16", per_device_train_batch_size=len(rows),
+        max_steps=steps, gradient_checkpointing=False, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        **settings)
     getattr(trl, name + "Trainer")(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder), args=arguments, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[Clock()]).train()
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder), args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        callbacks=[Clock()]).train()
     return float(np.median(np.diff(ends)[1:]))
 
 
@@ -3293,8 +3379,8 @@ def parse_command(command: str, argv: list[str]) -> tuple[Settings, dict | None]
         raise ValueError(f"--resume {given['resume']}: that is a run of {saved.get('command') or 'train.py'}, not of {command}")
     for name, value in given.items():
         if name not in FREE | {"resume"} and saved.get(name) != value:
-            raise ValueError(f"--resume {given['resume']}: --{name} {value} contradicts the run, whose {name} is {saved.get(name)}; "
-                             "leave it out, or start a new run")
+            raise ValueError(f"--resume {given['resume']}: --{name} {value} contradicts the run, whose {name} is "
+                             f"{saved.get(name)}; leave it out, or start a new run")
     s = Settings(command, **{f.name: saved.get(f.name) for f in settings_of(command)} | {"stop_after": None} | given)
     check(s)
     return s, saved
@@ -3304,13 +3390,14 @@ def check(s: Settings):
     """ValueError for what cannot be."""
     for name, least in (("steps", 1), ("epochs", 1e-9), ("batch_size", 1), ("micro_tokens", 1), ("prompts_per_step", 1),
                         ("max_new_tokens", 1), ("group_size", 2 if s.baseline == "group" else 1), ("updates", 1), ("passes", 1),
-                        ("slots", 1), ("lora", 1), ("log_every", 1), ("eval_every", 1), ("save_every", 1), ("samples", 0), ("beta", 1e-9),
-                        ("kl", 0), ("temperature", 1e-6), ("learning_rate", 0), ("reward_seconds", 1e-3)):
+                        ("slots", 1), ("lora", 1), ("log_every", 1), ("eval_every", 1), ("save_every", 1), ("samples", 0),
+                        ("beta", 1e-9), ("kl", 0), ("temperature", 1e-6), ("learning_rate", 0), ("reward_seconds", 1e-3)):
         value = getattr(s, name)
         if value is not None and not value >= least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    for name, known in (("baseline", ("group", "none")), ("normalize_length", ("sequence", "token", "constant")), ("dtype", ("bfloat16", "float32")),
-                        ("objective", ("clip", "ratio", "reinforce")), ("parallel", ("ddp", "zero1", "fsdp"))):
+    for name, known in (("baseline", ("group", "none")), ("normalize_length", ("sequence", "token", "constant")),
+                        ("objective", ("clip", "ratio", "reinforce")), ("dtype", ("bfloat16", "float32")),
+                        ("parallel", ("ddp", "zero1", "fsdp"))):
         value = getattr(s, name)
         if value is not None and value not in known:
             raise ValueError(f"--{name} is {value!r}; it must be {', '.join(known)}")
@@ -3324,7 +3411,7 @@ def eval_command(argv: list[str]):
     add("--before", help="another, to compare with: the model before tuning")
     add("--tasks", required=True, help="any of " + ",".join(TASKS) + ", with commas between them")
     add("--data", nargs="+", default=[], metavar="PATH", help="task=path, or a folder that holds the data under the tasks' names")
-    add("--out", help="folder for results.json, and the prompts and answers of each task; a finished task is taken over from there")
+    add("--out", help="folder for results.json, and the prompts and answers of each task; what is finished is taken over from it")
     add("--shots", type=int, help="worked examples before a question; none: as usual for the task")
     add("--limit", type=int, help="so many questions of each task, drawn by the seed; none: all")
     add("--samples", type=int, default=1, help="answers to each problem: for majority votes, pass@k, best-of-n")
@@ -3342,17 +3429,19 @@ def eval_command(argv: list[str]):
     for name, least in (("limit", 1), ("samples", 1), ("max_new_tokens", 1), ("shots", 0), ("temperature", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    scorer = None
+    asked = {name: getattr(args, name) for name in (
+        "shots", "limit", "samples", "max_new_tokens", "temperature", "template", "judge", "seed", "device")}
+    options = Evaluation(**asked, ways=tuple(args.ways), against=tuple(args.against), reward=args.reward_model,
+                         dtype=getattr(torch, args.dtype) if args.dtype else None)
     if args.reward_model:
-        together = reward_scorer(args.reward_model, args.device, Tokenizer.load(args.model))
-        scorer = lambda prompt, response: together([prompt + response])[0]
-    evaluate_models(args.model, args.before, args.tasks.split(","), args.data, Evaluation(
-        args.shots, args.limit, args.samples, args.max_new_tokens, args.temperature, args.template, tuple(args.ways), args.judge,
-        tuple(args.against), args.reward_model, scorer, args.seed, args.device, getattr(torch, args.dtype) if args.dtype else None), args.out)
+        score_all = reward_scorer(args.reward_model, args.device, Tokenizer.load(args.model))
+        options.scorer = lambda prompt, response: score_all([prompt + response])[0]
+    evaluate_models(args.model, args.before, args.tasks.split(","), args.data, options, args.out)
 
 
 def preferences_command(argv: list[str]):
-    """Make preference pairs of a model's own answers: the best and the worst of several, by a verifier, a reward model or a judge."""
+    """Make preference pairs of a model's own answers: the best and the worst of several, by a verifier, a reward model or a
+    judge."""
     parser = command_parser("generate-preferences", preferences_command.__doc__)
     add = parser.add_argument
     add("--model", required=True, help="model folder")
@@ -3372,8 +3461,8 @@ def preferences_command(argv: list[str]):
 
 
 def demonstration_command(argv: list[str]):
-    """A tiny base model through sft, dpo and grpo, in about five minutes, with what each stage makes of it. (Also: align.py sft | reward | dpo |
-    expert | grpo | ppo | eval | generate-preferences | ablate | bench, each with -h.)"""
+    """A tiny base model through sft, dpo and grpo, in about five minutes, with what each stage makes of it. (Also: align.py sft |
+    reward | dpo | expert | grpo | ppo | eval | generate-preferences | ablate | bench, each with -h.)"""
     parser = command_parser("", demonstration_command.__doc__)
     parser.add_argument("--out", help="folder for data and models; none: runs/align-DATE-TIME")
     parser.add_argument("--seed", type=int, default=0, help="of everything: the same seed gives the same table")
@@ -3404,33 +3493,21 @@ def bench_command(argv: list[str]):
 OTHERS = {"eval": eval_command, "generate-preferences": preferences_command, "ablate": ablate_command, "bench": bench_command}
 
 
+def command_line():
+    """A stage, another command, or the demonstration."""
+    command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    if command and command not in LOOPS | OTHERS:
+        raise ValueError(f"{command!r} is no command; known are {', '.join(LOOPS | OTHERS)}, and none for the demonstration")
+    if command in LOOPS:
+        return LOOPS[command](*parse_command(command, sys.argv[2:]))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{command or 'the demonstration'} runs in one process; torchrun is for {', '.join(LOOPS)}")
+    OTHERS.get(command, demonstration_command)(sys.argv[2:] if command else sys.argv[1:])
+
+
 def main():
     """The command line."""
-    rank = int(os.environ.get("RANK", 0))
-
-    def fail(code, error):
-        if int(os.environ.get("LOCAL_RANK", 0)):                             # usually all ranks fail alike: the first one prints
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(1)
-        print(f"align.py: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            sys.stdout.flush()
-            os._exit(code)
-        sys.exit(code)
-
-    command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    try:
-        if command and command not in LOOPS | OTHERS:
-            raise ValueError(f"{command!r} is no command; known are {', '.join(LOOPS | OTHERS)}, and none for the demonstration")
-        if command in LOOPS:
-            LOOPS[command](*parse_command(command, sys.argv[2:]))
-        else:
-            OTHERS.get(command, demonstration_command)(sys.argv[2:] if command else sys.argv[1:])
-        gc.collect()                                                         # a process group that lives on at exit can end in an abort
-    except KeyboardInterrupt:
-        fail(130, ValueError("interrupted; what was written before is as it was"))
-    except (ValueError, OSError) as error:
-        fail(2, error)
+    train.guarded("align.py", command_line)
 
 
 if __name__ == "__main__":

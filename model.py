@@ -1227,12 +1227,13 @@ def save_pretrained(model: Transformer, folder, tensors: dict[str, Tensor] | Non
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = model.config
     tensors = dict(model.state_dict() if tensors is None else tensors)
+    dtype = tensors["model.embed_tokens.weight"].dtype
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     ends = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id") if getattr(config, key) is not None}
     save_safetensors(to_disk(tensors, model_type(config)), Path(folder, "model.safetensors"))
     write_atomically(Path(folder, "generation_config.json"), json.dumps(ends, indent=2).encode())
-    write_atomically(Path(folder, "config.json"), json.dumps(config_to_json(config, model.lm_head.weight.dtype), indent=2).encode())
+    write_atomically(Path(folder, "config.json"), json.dumps(config_to_json(config, dtype), indent=2).encode())
 
 
 def read_json(path) -> dict:
@@ -1246,8 +1247,9 @@ def read_json(path) -> dict:
     return values
 
 
-# buffers that older files carry and that are computed here: RoPE's frequencies, GPT-2's causal masks
-BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$"
+# what is not read: buffers that older files carry and that are computed here, RoPE's frequencies and GPT-2's causal masks; and
+# the score of a reward model, which is align.py's
+BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|^score\.weight$"
 
 
 def load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -1372,16 +1372,16 @@ def open_run(s: Settings, saved: dict | None, config: Config, sources: dict, fin
     return out, {**asdict(s), "dtype": dtype, "config": asdict(config), "sources": sources, "data_fingerprint": fingerprint}, peak
 
 
-def cut_log(out: Path, step: int):
+def cut_log(out: Path, step: int, name: str = "log.jsonl"):
     """Drop what was logged after `step`, and a line cut short by a kill: a resumed run logs it again."""
-    if (out / "log.jsonl").exists():
-        kept = [json.dumps(record) + "\n" for record in read_log(out) if record["step"] <= step]
-        write_atomically(out / "log.jsonl", "".join(kept).encode())
+    if (out / name).exists():
+        kept = [json.dumps(record) + "\n" for record in read_log(out, name) if record["step"] <= step]
+        write_atomically(out / name, "".join(kept).encode())
 
 
-def read_log(folder: Path) -> list[dict]:
+def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The records of a run's log.jsonl; a last line that a kill cut short does not count."""
-    path = Path(folder, "log.jsonl")
+    path = Path(folder, name)
     try:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except ValueError as error:
@@ -2204,8 +2204,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     return Settings(**{**kept, **given}), saved
 
 
-def main():
-    """The command line: a run, or `plot`, `sweep`, `ablate`, `bench`."""
+def guarded(program: str, work: Callable):
+    """work(); what the user can mend ends in one line on standard error and exit code 2, a run that fails by itself in 1."""
     rank = int(os.environ.get("RANK", 0))
 
     def fail(code, error):
@@ -2213,28 +2213,15 @@ def main():
         if int(os.environ.get("LOCAL_RANK", 0)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(1)
-        print(f"train.py: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
+        print(f"{program}: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             sys.stdout.flush()
             os._exit(code)                                               # an exit by the book may wait for the others, or abort
         sys.exit(code)
 
     try:
-        if sys.argv[1:2] == ["plot"]:
-            parser = Parser(prog="train.py plot", allow_abbrev=False, description="Draw loss curves of runs (needs matplotlib).")
-            parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-            parser.add_argument("--out", default="loss.png", help="the picture (default: loss.png)")
-            args = parser.parse_args(sys.argv[2:])
-            return plot(args.runs, args.out)
-        if sys.argv[1:2] in (["sweep"], ["ablate"], ["bench"]):
-            return {"sweep": sweep, "ablate": ablate, "bench": bench}[sys.argv[1]](sys.argv[2:])
-        settings, saved = parse(sys.argv[1:])
-        out = train(settings, saved)
+        work()
         gc.collect()                                                     # a process group that lives on at exit can end in an abort
-        if out and rank == 0 and settings.data is None and "FLATLM_GRID" not in os.environ:
-            prompts = ("import os\n", "def __init__(self", "class Error(Exception):")
-            run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
-                "--temperature", 0.7, "--seed", 1)
     except KeyboardInterrupt:
         fail(130, ValueError("interrupted; what was written before is as it was"))
     except FloatingPointError as error:
@@ -2245,6 +2232,30 @@ def main():
         fail(1, ValueError(f"rank {rank} lost another rank, whose own error stands elsewhere ({str(error).splitlines()[0]:.100})"))
     except (ValueError, OSError) as error:
         fail(2, error)
+
+
+def command_line():
+    """A run, or `plot`, `sweep`, `ablate`, `bench`."""
+    if sys.argv[1:2] == ["plot"]:
+        parser = Parser(prog="train.py plot", allow_abbrev=False, description="Draw loss curves of runs (needs matplotlib).")
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+        parser.add_argument("--out", default="loss.png", help="the picture (default: loss.png)")
+        args = parser.parse_args(sys.argv[2:])
+        return plot(args.runs, args.out)
+    if sys.argv[1:2] in (["sweep"], ["ablate"], ["bench"]):
+        return {"sweep": sweep, "ablate": ablate, "bench": bench}[sys.argv[1]](sys.argv[2:])
+    settings, saved = parse(sys.argv[1:])
+    out = train(settings, saved)
+    gc.collect()
+    if out and int(os.environ.get("RANK", 0)) == 0 and settings.data is None and "FLATLM_GRID" not in os.environ:
+        prompts = ("import os\n", "def __init__(self", "class Error(Exception):")
+        run("sample.py", "--model", out, *(word for text in prompts for word in ("--prompt", text)), "--max_new_tokens", 100,
+            "--temperature", 0.7, "--seed", 1)
+
+
+def main():
+    """The command line."""
+    guarded("train.py", command_line)
 
 
 if __name__ == "__main__":

@@ -2086,13 +2086,13 @@ def reinforce(s: Settings, saved: dict | None):
     arXiv 1705.08439; Zelikman et al. 2022, arXiv 2203.14465); `grpo` and `ppo` weigh every token by its advantage."""
     run = open_run(s, saved, scored=s.command == "ppo")
     ranks, device, longest = run.setup.ranks, run.setup.device, s.max_new_tokens
+    grader = reward_function(s.reward, s.reward_seconds)
     (prompts, dropped), (held_out, _) = read_prompts(run, s.data), read_prompts(run, s.val_data)
     if not prompts:
         raise ValueError(f"--data {' '.join(s.data)}: no prompt is left; {dropped} leave no room for --max_new_tokens {longest} "
                          f"in the context of {run.model.config.max_position_embeddings}")
     if s.prompts_per_step % ranks.data_count:
         raise ValueError(f"--prompts_per_step {s.prompts_per_step} cannot be divided over {ranks.data_count} rank(s)")
-    grader = reward_function(s.reward, s.reward_seconds)
     scorer = reward_scorer(s.reward_model, device.type, run.tokenizer) if s.reward_model else None
     for prompt in prompts + held_out if grader in REWARDS.values() else []:
         grader("", prompt["row"])                        # a row that lacks something is better known now

@@ -32,9 +32,11 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")        # more threads wait for each other, on matrices this small and ranks this many
@@ -48,6 +50,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+import align
 import bpe
 import data
 import ddp
@@ -57,6 +60,9 @@ import train
 from model import (PRESETS, Config, KVCache, Ops, Transformer, apply_rope, attention, attention_reference, cross_entropy,
                    flops_by_component, flops_per_token, linear_cross_entropy, load_pretrained, load_safetensors, memory_bytes,
                    num_parameters, rms_norm, rope_tables, save_pretrained, save_safetensors, softmax, swiglu)
+from align import (CHAT, REWARDS, THINK, add_chat_template, clean_math, extract_answer, follows_format, grade_countdown, grade_math,
+                   grade_multiple_choice, grade_number, math_value, parse_choice, parse_math, parse_number, pick_template,
+                   prompt_tokens, read_rows, response_tokens, save_tokenizer, tokenize_pairs, tokenize_row, tokenize_rows, turn_end)
 from sample import generate
 from train import AdamW, Mixture, Muon, TokenDataset, clip_grad_norm_, learning_rate, permute
 
@@ -4924,6 +4930,1507 @@ def test_ground_floor_files_import_alone_from_an_empty_folder(tmp_path):
                                            cwd=tmp_path / name, stderr=subprocess.PIPE, text=True)
     for name, process in processes.items():
         assert process.wait(60) == 0, (name, process.stderr.read())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: losses
+
+def test_masked_means_count_what_the_mask_shows():
+    x, mask = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([[True, True, False], [False, False, True]])
+    assert align.masked_mean(x, mask).item() == 3 and align.masked_mean(x, mask, 1).tolist() == [1.5, 6]
+    assert align.masked_normalize(x, mask, 4).item() == 2.25 and align.masked_normalize(x, mask, 2.0, 0).tolist() == [0.5, 1, 3]
+    assert align.masked_mean(x, ~mask.any() & mask, 1).isnan().all()
+
+
+def test_entropy_and_log_probs_are_those_of_a_categorical_distribution():
+    logits = 20 * torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 11, (3, 4))
+    reference = torch.distributions.Categorical(logits=logits.double())
+    assert torch.allclose(align.entropy(logits).double(), reference.entropy(), atol=1e-5)
+    assert torch.allclose(align.response_log_probs(logits, labels).double(), reference.log_prob(labels), atol=1e-5)
+    assert torch.isfinite(align.entropy(torch.tensor([[1e4, -1e4, 0]]))).all()
+
+
+def test_the_losses_of_pairs_are_what_the_formulas_give_by_hand():
+    assert align.reward_loss(torch.tensor([2.0, 0]), torch.tensor([1.0, 0])).item() == pytest.approx((math.log1p(math.e ** -1) + math.log(2)) / 2)
+    policy, reference = (torch.tensor([-10.0, -3]), torch.tensor([-12.0, -2])), (torch.tensor([-11.0, -3]), torch.tensor([-11.0, -3]))
+    # margins (1 - -1) and (0 - 1), times 0.1: log(1 + e^-0.2) and log(1 + e^0.1)
+    want = (math.log1p(math.exp(-0.2)) + math.log1p(math.exp(0.1))) / 2
+    assert align.dpo_loss(*policy, *reference, beta=0.1).item() == pytest.approx(want, abs=1e-7)
+    log_probs, mask = torch.tensor([[-1.0, -2, -4], [-8, -16, -32]]), torch.tensor([[False, True, True], [True, False, False]])
+    assert align.sft_loss(log_probs, mask).item() == pytest.approx(14 / 3) and align.sft_loss(log_probs, mask, 7).item() == 2
+
+
+def test_advantages_are_standard_scores_within_the_group():
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1, 1])
+    got = align.group_advantages(rewards, 4, eps=0)
+    # mean 1/2, deviations 1/2, sample variance 4 · 1/4 / 3; mean 1/4, sample variance (3 · 1/16 + 9/16) / 3 = 1/4
+    want = [math.sqrt(3) / 2 * sign for sign in (1, -1, -1, 1)] + [-0.5, -0.5, 1.5, -0.5]
+    assert torch.allclose(got[:8], torch.tensor(want))
+    got = align.group_advantages(rewards, 4, normalize_by_std=False)
+    assert got.tolist() == [0.5, -0.5, -0.5, 0.5, -0.25, -0.25, 0.75, -0.25, 0, 0, 0, 0]
+    assert align.group_advantages(rewards, 4)[8:].tolist() == [0, 0, 0, 0]                   # all equal: nothing to learn, and no NaN
+    for count, size in ((12, 5), (12, 1)):
+        with pytest.raises(ValueError, match=str(size)):
+            align.group_advantages(rewards[:count], size)
+
+
+def test_generalized_advantages_are_the_sums_they_abbreviate():
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 2, 6, generator=g)
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    advantages, returns = align.gae(rewards * mask, values, mask, gamma=0.9, lam=0.7)
+    for row, (first, last) in enumerate(((1, 3), (0, 5))):
+        v = lambda t: values[row, t].item() if t <= last else 0.0
+        for t in range(first, last + 1):
+            want = sum((0.9 * 0.7) ** (l - t) * (rewards[row, l].item() + 0.9 * v(l + 1) - v(l)) for l in range(t, last + 1))
+            assert advantages[row, t].item() == pytest.approx(want, abs=1e-6)
+            assert returns[row, t].item() == pytest.approx(want + v(t), abs=1e-6)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+    whole = align.gae(rewards, values, torch.ones_like(mask), 1.0, 1.0)[1]                   # λ = γ = 1: what is still to come
+    assert torch.allclose(whole, rewards.flip(1).cumsum(1).flip(1), atol=1e-6)
+
+
+def test_the_policy_loss_is_clipped_where_going_further_would_gain():
+    ratio, advantage = torch.tensor([[0.5, 0.9, 1.1, 2.0, 0.5, 2.0]]), torch.tensor([[1.0, 1, 1, 1, -1, -1]])
+    log_probs, old = (ratio.log() - 3).requires_grad_(), torch.full((1, 6), -3.0)
+    loss, cut = align.policy_loss(log_probs, advantage, old, clip=0.2)
+    assert torch.allclose(loss, torch.tensor([[-0.5, -0.9, -1.1, -1.2, 0.8, 2.0]])) and cut.tolist() == [[False, False, False, True, True, False]]
+    loss.sum().backward()
+    assert (log_probs.grad[cut] == 0).all() and torch.allclose(log_probs.grad[~cut], -(ratio * advantage)[~cut])
+    assert align.policy_loss(log_probs, advantage, old, 0.2, clip_high=0.3)[0][0, 3].item() == pytest.approx(-1.3)
+    assert torch.allclose(align.policy_loss(log_probs, advantage, old, clip=None)[0], -ratio * advantage)
+    plain, cut = align.policy_loss(log_probs, advantage[:, :1])                              # REINFORCE; one advantage an answer
+    assert torch.allclose(plain, -log_probs) and not cut.any()
+
+
+def test_the_value_loss_takes_the_worse_of_two_and_the_divergence_is_unbiased():
+    values, old, returns = torch.tensor([[1.0, 0.3, 2.0]]), torch.tensor([[0.0, 0.2, 2.1]]), torch.tensor([[1.0, 0.0, 2.0]])
+    # near: 0.2, 0.3, 2.0: squares 0.64, 0.09, 0
+    assert torch.allclose(align.value_loss(values, old, returns, 0.2), torch.tensor([[0.32, 0.045, 0.0]]))
+    p, q = torch.randn(2, 50, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1)
+    assert (p.exp() * align.kl_penalty(p, q)).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item())
+    assert (align.kl_penalty(p, q) >= 0).all()
+
+
+def test_tokens_weigh_as_the_normalization_says():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()                   # the last row fills up a batch
+    weights = lambda how: align.token_weights(mask, how, rows=2, tokens=6, longest=8)
+    assert weights("sequence").tolist() == [[0.25, 0.25, 0, 0], [0.125] * 4, [0] * 4]
+    assert torch.allclose(weights("token"), mask / 6) and torch.allclose(weights("constant"), mask / 16)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: the policy and its batches
+
+def batch_of_rows(seed=0, rows=4, longest=12, vocab=97):
+    rng = random.Random(seed)
+    examples = []
+    for _ in range(rows):
+        length = rng.randint(5, longest)
+        prompt = rng.randint(1, 3)
+        examples.append(align.make_example([rng.randrange(vocab) for _ in range(prompt)], [rng.randrange(vocab) for _ in range(length - prompt)]))
+    return examples
+
+
+@pytest.mark.parametrize("most", [2 ** 26, 97 * 5])                                           # all logits at once; five rows of them
+def test_token_log_probs_are_those_of_the_logits_and_so_is_the_gradient(monkeypatch, most):
+    model, batch = small(), align.collate(batch_of_rows())
+    monkeypatch.setattr(align, "CHUNK", most)
+    log_probs, uncertainty, values = align.token_log_probs(model, batch["input_ids"], batch["labels"], batch["positions"])
+    logits, mask = model(batch["input_ids"]), batch["response_mask"]
+    want = F.log_softmax(logits, -1).gather(-1, batch["labels"][..., None])[..., 0]
+    assert torch.allclose(log_probs, want * mask, atol=1e-5) and values is None
+    assert torch.allclose(uncertainty, torch.distributions.Categorical(logits=logits).entropy() * mask, atol=1e-5)
+    weights = torch.randn(mask.shape)
+    ours = torch.autograd.grad((log_probs * weights).sum(), list(model.parameters()))
+    theirs = torch.autograd.grad((want * mask * weights).sum(), list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs))
+
+
+def test_adapters_change_nothing_at_first_and_merge_into_an_ordinary_model():
+    model, tokens = small(), torch.randint(0, 97, (2, 9))
+    before, count = model(tokens), sum(p.numel() for p in model.parameters())
+    align.add_lora(model, 4, 8.0)
+    assert torch.equal(model(tokens), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_()
+    after = model(tokens)
+    assert not torch.allclose(after, before, atol=0.1)
+    with align.adapters_off(model):
+        assert torch.allclose(model(tokens), before, atol=1e-5)
+    plain = Transformer(model.config)
+    plain.load_state_dict(align.merged(model.state_dict(), 8.0 / 4))
+    assert torch.allclose(plain(tokens), after, atol=1e-4) and sum(p.numel() for p in plain.parameters()) == count
+
+
+def test_packed_rows_give_the_log_probs_of_their_parts():
+    model, examples = small(), batch_of_rows(rows=7, longest=10)
+    packed = align.pack(examples, 24)
+    assert len(packed) < 7 and all(len(row["ids"]) <= 24 for row in packed) and sum(len(row["ids"]) for row in packed) == sum(
+        len(e["ids"]) for e in examples)
+    found = []
+    for rows in (packed, examples):
+        batch = align.collate(rows)
+        log_probs, _, _ = align.token_log_probs(model, batch["input_ids"], batch["labels"], batch["positions"], batch.get("document_ids"))
+        found.append(sorted(log_probs[batch["response_mask"]].tolist()))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_every_row_is_read_once_an_epoch_whatever_the_batch():
+    orders = [[i for step in range(40) for i in align.epoch_order(10, 3, step * size, size)][:20] for size in (1, 4, 7)]
+    assert orders[0] == orders[1] == orders[2] and sorted(orders[0][:10]) == sorted(orders[0][10:]) == list(range(10))
+    assert orders[0][:10] != orders[0][10:]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: the loops
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small random model that reads bytes, with rows of each kind."""
+    folder = tmp_path_factory.mktemp("align")
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                               intermediate_size=64, max_position_embeddings=64, bos_token_id=256, eos_token_id=256))
+    save_pretrained(model, folder / "base")
+    bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], {EOT: 256}).save(folder / "base")
+    rng = random.Random(0)
+    word = lambda: "".join(rng.choice("abc") for _ in range(rng.randint(1, 6)))
+    rows = {"sft": [{"prompt": f"say {word()}:", "response": " " + word() * 2} for _ in range(24)],
+            "pairs": [{"prompt": f"say {word()}:", "chosen": " " + "a" * rng.randint(1, 9), "rejected": " " + word()} for _ in range(24)],
+            "prompts": [{"prompt": f"say {word()}:", "answer": "a"} for _ in range(24)]}
+    for name, of_kind in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_kind))
+    (folder / "reward.py").write_text("def share(response, row):\n    return sum(c < '\x80' for c in response) / max(1, len(response))\n\n"
+                                      "def strict(response, row):\n    return float(share(response, row) > 0.7)\n\n"
+                                      "def flaw(response, row):\n    if 'b' in response: raise KeyError('b')\n    return float('nan') if 'c' in response else 1\n\n"
+                                      "def sleep(response, row):\n    import time; time.sleep(60)\n")
+    return folder
+
+
+def run_align(base, capsys, monkeypatch, command, out, *flags, data=None):
+    data = data or {"sft": "sft", "dpo": "pairs", "reward": "pairs"}.get(command, "prompts")
+    return call(align, capsys, monkeypatch, command, "--model", base / "base", "--data", base / f"{data}.jsonl", "--out", out,
+                "--dtype", "float32", "--device", "cpu", *flags)
+
+
+ALIGN_FLAGS = {"sft": ("--batch_size", 6, "--learning_rate", "1e-2", "--max_new_tokens", 8), "dpo": ("--batch_size", 6, "--learning_rate", "1e-3", "--max_new_tokens", 8),
+               "reward": ("--batch_size", 6, "--learning_rate", "1e-3"),
+               **{name: ("--max_new_tokens", 6, "--prompts_per_step", 4, "--group_size", 4, "--reward", "REWARD", "--learning_rate", "1e-2")
+                  for name in ("expert", "grpo", "ppo")}}
+
+
+def flags_of(command, base, function="share"):
+    return [f"{base / 'reward.py'}:{function}" if flag == "REWARD" else flag for flag in ALIGN_FLAGS[command]]
+
+
+@pytest.mark.parametrize("command", list(ALIGN_FLAGS))
+def test_each_stage_learns_and_a_resumed_run_is_the_run_itself(command, base, tmp_path, capsys, monkeypatch):
+    steps = {"expert": 8, "grpo": 14, "ppo": 14}.get(command, 12)
+    flags = [*flags_of(command, base, "strict" if command == "expert" else "share"), "--steps", steps, "--save_every", 3]
+    if command == "ppo":
+        flags += ["--group_size", 8, "--kl", 0.01]
+    code, out, err = run_align(base, capsys, monkeypatch, command, tmp_path / "whole", *flags)
+    assert code == 0, err
+    rows = [row for row in records(tmp_path / "whole") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    first, last = rows[0], rows[-1]
+    if command in ("sft", "dpo", "reward"):
+        assert last["loss"] < 0.92 * first["loss"]
+    else:
+        mean = lambda rows: sum(row["reward"] for row in rows) / len(rows)
+        assert mean(rows[-3:]) > mean(rows[:2]) + 0.1                # half of the bytes are letters that stand alone
+    # stopped half way, and gone on with
+    assert run_align(base, capsys, monkeypatch, command, tmp_path / "part", *flags, "--stop_after", 5)[0] == 0
+    assert call(align, capsys, monkeypatch, command, "--resume", tmp_path / "part")[0] == 0
+    timed = {"seconds", "seconds_writing", "seconds_training", "tokens_per_second", "pairs_per_second", "memory_bytes"}
+    plain = lambda folder: [{name: value for name, value in row.items() if name not in timed} for row in records(folder)]
+    assert plain(tmp_path / "part") == plain(tmp_path / "whole")
+    a, b = (model_file.load_safetensors(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def ranks_align(folder):
+    """Stages on these ranks: the weights must be those of one process, where what is read does not depend on the ranks."""
+    folder = Path(folder)
+    for command, parallel, extra in (("sft", "fsdp", ()), ("sft", "ddp", ("--micro_tokens", 40)), ("dpo", "zero1", ()), ("reward", "fsdp", ()),
+                                     ("grpo", "ddp", ()), ("grpo", "fsdp", ("--lora", 2, "--kl", 0.1)), ("ppo", "zero1", ()), ("expert", "ddp", ())):
+        data = {"sft": "sft", "dpo": "pairs", "reward": "pairs"}.get(command, "prompts")
+        out = folder / f"ranks-{command}-{parallel}"
+        flags = ["--model", folder / "base", "--data", folder / f"{data}.jsonl", "--out", out, "--dtype", "float32", "--device", "cpu", "--steps", 2,
+                 "--parallel", parallel, *flags_of(command, folder), *extra]
+        align.LOOPS[command](*align.parse_command(command, list(map(str, flags))))
+
+
+def test_two_ranks_learn_what_one_process_learns(base, tmp_path, capsys, monkeypatch):
+    on_ranks(2, "align", base)
+    for command, strategies in (("sft", ("fsdp", "ddp")), ("dpo", ("zero1",)), ("reward", ("fsdp",))):
+        assert run_align(base, capsys, monkeypatch, command, tmp_path / command, "--steps", 2, *flags_of(command, base))[0] == 0
+        whole, read = model_file.load_safetensors(tmp_path / command / "model.safetensors"), records(tmp_path / command)
+        for strategy in strategies:
+            theirs = base / f"ranks-{command}-{strategy}"
+            tensors = model_file.load_safetensors(theirs / "model.safetensors")
+            assert all(torch.allclose(tensors[name], whole[name], atol=1e-4) for name in whole), (command, strategy)
+            for a, b in zip(records(theirs), read):
+                assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for name in ("grpo-ddp", "grpo-fsdp", "ppo-zero1", "expert-ddp"):            # each rank draws its own answers
+        rows = [row for row in records(base / f"ranks-{name}") if "loss" in row]
+        assert len(rows) == 2 and all(row["tokens"] > 16 and math.isfinite(row["loss"]) for row in rows), name
+        sample.open_folder(base / f"ranks-{name}")
+
+
+def test_a_run_with_adapters_resumes_exactly_and_ends_as_an_ordinary_folder(base, tmp_path, capsys, monkeypatch):
+    flags = [*flags_of("grpo", base), "--steps", 4, "--lora", 3, "--kl", 0.1, "--temperature", 0.8, "--val_data", base / "prompts.jsonl"]
+    assert run_align(base, capsys, monkeypatch, "grpo", tmp_path / "whole", *flags)[0] == 0
+    assert run_align(base, capsys, monkeypatch, "grpo", tmp_path / "part", *flags, "--stop_after", 2)[0] == 0
+    assert sum(file.stat().st_size for file in (tmp_path / "part" / "state").iterdir()) < 0.6 * (base / "base" / "model.safetensors").stat().st_size * 3
+    assert call(align, capsys, monkeypatch, "grpo", "--resume", tmp_path / "part")[0] == 0
+    a, b = (model_file.load_safetensors(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    start = model_file.load_safetensors(base / "base" / "model.safetensors")
+    assert a.keys() == start.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    changed = {name for name in a if not torch.equal(a[name], start[name])}
+    assert changed == {name for name in a if name.endswith("_proj.weight")}      # embedding, head and norms are as they were
+    kept = lambda name: [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+    assert kept("whole") == kept("part") and [row["step"] for row in kept("part")][::3] == [0, 1, 2, 3, 4]
+
+
+def test_a_base_model_given_a_chat_template_answers_in_turns(base, tmp_path, capsys, monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": f"say {letter}"}, {"role": "assistant", "content": letter * 3}]} for letter in "abcd"]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", tmp_path / "chat.jsonl", "--out", tmp_path / "chat", "--steps", 60, "--batch_size", 4, "--learning_rate", "1e-2")
+    assert refused(call(align, capsys, monkeypatch, "sft", "--model", base / "base", *flags), "no chat template", "--chat_template")
+    assert call(align, capsys, monkeypatch, "sft", "--model", base / "base", *flags, "--chat_template", "chatml", "--dtype", "float32",
+                "--max_new_tokens", 8)[0] == 0
+    model, tokenizer = sample.open_folder(tmp_path / "chat")
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert model.config.vocab_size == 259 and end in model.config.eos_token_id and tokenizer.chat_template
+    for letter in "abcd":
+        prompt = sample.chat_tokens(tokenizer, [{"role": "user", "content": f"say {letter}"}])
+        assert tokenizer.decode(generate(model, [prompt], 8, temperature=0)[0][:-1]) == letter * 3
+    kept = [json.loads(line) for line in (tmp_path / "chat" / "samples.jsonl").read_text().splitlines()]
+    assert kept[-1]["step"] == 60 and kept[-1]["response"] == "ccc"
+
+
+def test_an_engine_writes_with_the_weights_that_it_was_refreshed_with():
+    first, second, prompt = small(), small(seed=1), [1, 2, 3]
+    for compile in (False, True):                        # the second way is that of graphs: weights are copied to where they lay
+        engine = sample.Engine(first, slots=2, context=20)
+        engine.target.fixed = compile
+        engine.run([sample.Request(prompt, 5, 0.0)])
+        engine.refresh(second)
+        assert engine.run([sample.Request(prompt, 8, 0.0)])[0].tokens == generate(second, [prompt], 8, temperature=0)[0]
+        engine.submit(sample.Request(prompt))
+        with pytest.raises(RuntimeError, match="under way"):
+            engine.refresh(first)
+
+
+def test_a_reward_function_may_raise_print_return_nonsense_or_never_return(base, tmp_path):
+    ask = lambda name, seconds=20: align.RewardProcess(str(base / "reward.py"), name, seconds)
+    share = ask("share")
+    assert share("abcd", {})["reward"] == 1 and share("ab\u1234\u1234", {}) == {"reward": 0.5, "answer": 1.0, "format": 1.0} and share.failures == 0
+    share.stop()
+    flaw = ask("flaw")
+    assert [flaw(text, {})["reward"] for text in ("b", "c", "a")] == [0, 0, 1] and flaw.failures == 2
+    flaw.stop()
+    sleep, start = ask("sleep", 0.2), time.perf_counter()
+    assert sleep("a", {})["reward"] == 0 and sleep.failures == 1 and time.perf_counter() - start < 10
+    assert sleep.child is None
+    (tmp_path / "broken.py").write_text("def f(response, row)\n")
+    for path, name, word in ((base / "reward.py", "nobody", "no function"), (tmp_path / "broken.py", "f", "imported"), (tmp_path / "gone.py", "f", "no such")):
+        with pytest.raises(ValueError, match=word):
+            align.RewardProcess(str(path), name, 5)
+
+
+def test_preferences_are_the_best_and_the_worst_of_a_models_answers(base, tmp_path, capsys, monkeypatch):
+    flags = ("--model", base / "base", "--data", base / "prompts.jsonl", "--out", tmp_path / "pairs.jsonl", "--max_new_tokens", 6,
+             "--reward", f"{base / 'reward.py'}:share")
+    code, out, err = call(align, capsys, monkeypatch, "generate-preferences", *flags)
+    assert code == 2 and "cut off" in err                # a random model never ends
+    (tmp_path / "pairs.jsonl.part").unlink()
+    monkeypatch.setattr(align, "ask", lambda engine, questions, examples, options, count: [({}, [
+        argparse_like(text, [1]) for text in ("ab", "\u1234b", "\u1234", "ab")]) for _ in questions])
+    assert call(align, capsys, monkeypatch, "generate-preferences", *flags)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == 24 and all(row["chosen"] == "ab" and row["rejected"] == "\u1234" for row in rows)
+    assert not (tmp_path / "pairs.jsonl.part").exists()
+    assert align.read_rows(tmp_path / "pairs.jsonl", "preference")[0]["prompt"].startswith("say ")
+    assert refused(call(align, capsys, monkeypatch, "generate-preferences", *flags, "--judge", base / "base"), "one of --reward")
+
+
+def argparse_like(text, tokens):
+    return dataclasses.make_dataclass("Answer", [("text", str), ("tokens", list), ("prompt", list), ("finish_reason", str)])(text, tokens, [1], "stop")
+
+
+@pytest.mark.parametrize("command, flags, words", [
+    ("sft", ("--data", "sft.jsonl"), ("--out is missing",)),
+    ("sft", ("--data", "pairs.jsonl", "--out", "new"), ("row 1", '"response"')),
+    ("dpo", ("--data", "sft.jsonl", "--out", "new"), ("sft.jsonl", "row 1", '"chosen"')),
+    ("sft", ("--data", "empty.jsonl", "--out", "new"), ("row 2", "response is empty")),
+    ("sft", ("--data", "gone.jsonl", "--out", "new"), ("gone.jsonl",)),
+    ("sft", ("--data", "long.jsonl", "--out", "new"), ("no row is left", "1 are longer than the context of 64")),
+    ("grpo", ("--data", "prompts.jsonl", "--out", "new", "--max_new_tokens", 60), ("no prompt is left", "24", "--max_new_tokens 60")),
+    ("grpo", ("--data", "prompts.jsonl", "--out", "new", "--group_size", 1), ("--group_size is 1",)),
+    ("grpo", ("--data", "prompts.jsonl", "--out", "new", "--reward", "kindness"), ("'kindness'", "countdown")),
+    ("grpo", ("--data", "prompts.jsonl", "--out", "new", "--reward", "countdown", "--max_new_tokens", 8), ("numbers",)),
+    ("ppo", ("--data", "prompts.jsonl", "--out", "new", "--normalize_length", "word"), ("--normalize_length is 'word'", "constant")),
+    ("sft", ("--data", "sft.jsonl", "--out", "new", "--template", "nowhere"), ("'nowhere'", "raw")),
+    ("sft", ("--data", "sft.jsonl", "--out", "new", "--learning_rate", -1), ("--learning_rate is -1",)),
+    ("sft", ("--resume", "nowhere"), ("no run here",)),
+    ("speak", (), ("'speak'", "sft", "eval")),
+    ("eval", ("--tasks", "gsm9k"), ("'gsm9k'", "gsm8k")),
+    ("eval", ("--tasks", "gsm8k"), ("no data for gsm8k",)),
+    ("grpo", ("--data", "prompts.jsonl", "--out", "new", "--reward_model", "base", "--max_new_tokens", 8), ("no reward model",)),
+    ("ablate", ("--out", "nowhere"), ("no demonstration",))])
+def test_align_answers_bad_input_in_one_line(command, flags, words, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in base.iterdir():
+        os.symlink(path, tmp_path / path.name)
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": " "}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a" * 70, "response": "b"}) + "\n")
+    model = () if command in ("speak", "ablate") or "--resume" in flags else ("--model", "base")
+    assert refused(call(align, capsys, monkeypatch, command, *model, *flags), *words)
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_a_resumed_run_refuses_another_setting_another_command_and_other_rows(base, tmp_path, capsys, monkeypatch):
+    shutil.copy(base / "sft.jsonl", tmp_path / "rows.jsonl")
+    flags = ("--model", base / "base", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run", "--dtype", "float32", *ALIGN_FLAGS["sft"])
+    assert call(align, capsys, monkeypatch, "sft", *flags, "--steps", 4, "--stop_after", 2, "--no_pack")[0] == 0
+    resume = lambda *more, command="sft": call(align, capsys, monkeypatch, command, "--resume", tmp_path / "run", *more)
+    assert refused(resume("--learning_rate", 1), "--learning_rate", "contradicts")
+    assert refused(resume(command="dpo"), "of sft")
+    assert refused(call(align, capsys, monkeypatch, "sft", *flags), "holds a run already")
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"prompt": "a", "response": "b"}\n')
+    assert refused(resume(), "not what they were")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["pack"] is False
+
+
+def test_the_demonstration_runs_from_nothing_to_its_table(tmp_path, capsys, monkeypatch):
+    sizes = {"base": 400, "sft": 60, "pairs": 12, "prompts": 40, "held_out": 8}
+    stages = {"base": ("--steps", 4, "--batch_tokens", 512), "sft": ("--epochs", 0.5), "dpo": ("--steps", 1),
+              "grpo": ("--steps", 1, "--prompts_per_step", 4)}
+    cards = align.demonstrate(tmp_path / "demo", 0, sizes, stages)
+    out = capsys.readouterr().out
+    assert list(cards) == ["base", "sft", "dpo", "grpo"] and all(f"$ python align.py {stage}" in out for stage in ("sft", "dpo", "grpo"))
+    assert cards["base"]["format"][0] == 0 and all(0 <= card["accuracy"][0] <= 1 and card["length"][0] > 0 for card in cards.values())
+    sample.open_folder(tmp_path / "demo" / "grpo")
+    align.ablate(tmp_path / "demo", 0, ["no baseline"], stages["grpo"])
+    assert "no baseline" in capsys.readouterr().out and (tmp_path / "demo" / "ablate-no-baseline" / "card.json").exists()
+    # what is asked is answered by the steps that stand there, and held out from what is learnt
+    dice = random.Random(3)
+    for count in (2, 3):
+        said, steps, total = align.make_sum(dice, count)
+        assert len(steps.split(", ")) == count - 1 and all(eval(step.replace("=", "==")) for step in steps.split(", "))
+        assert steps.endswith(f"= {total}") and len(re.findall("plus|minus", said)) == count - 1
+    assert [align.in_words(n) for n in (0, 13, 20, 99)] == ["zero", "thirteen", "twenty", "ninety-nine"]
+    asked = lambda name: {json.loads(line)["prompt"] for line in (tmp_path / "demo" / "data" / f"{name}.jsonl").read_text().splitlines()}
+    assert not asked("held_out") & (asked("sft") | asked("pairs") | asked("prompts"))
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: verifiers
+
+# answer | truth | 1 where the answer is right. Judged by hand; many from what users of other graders report as misjudged
+PAIRS = r"""
+\frac12 | 0.5 | 1
+\dfrac{1}{2} | \tfrac12 | 1
+.5 | 1/2 | 1
+0.50 | 1/2 | 1
+\frac{-1}{-2} | 0.5 | 1
+-\frac{1}{2} | \frac{-1}{2} | 1
+\frac{1}{2} | -\frac12 | 0
+2/4 | 1/2 | 1
+\frac{1}{23} | \frac{12}{3} | 0
+1 2/3 | 12/3 | 0
+1 2/3 | 5/3 | 1
+2\frac12 | 5/2 | 1
+-2\frac{1}{2} | -2.5 | 1
+2\frac{3}{2} | 3.5 | 0
+0.333 | 1/3 | 0
+0.3333333333333333 | 1/3 | 0
+1/3 | 0.33 | 0
+\frac{100}{3} | 33.3 | 0
+4.123 | \sqrt{17} | 0
+4.123105625617661 | \sqrt{17} | 1
+3.14 | \pi | 0
+1,000 | 1000 | 1
+1{,}000 | 1000 | 1
+11,\! 111,\! 100 | 11111100 | 1
+1\,000 | 1000.0 | 1
+1 000 000 | 1 | 0
+1,234 | 234 | 0
+(100,200) | 100200 | 0
+(100,200) | (100, 200) | 1
+125, 250, 375 | 125,250,375 | 1
+12345678901 | 12345678902 | 0
+1.5e3 | 1500 | 1
+2 \cdot 10^3 | 2 \times 10^{3} | 1
+50\% | 50 | 1
+50 | 50\% | 1
+50 percent | 1/2 | 1
+5\% | 0.5 | 0
+0.5\% | 50\% | 0
+\$5.00 | 5 dollars | 1
+\$32{,}348 | 32348 | 1
+5 million | 5 | 0
+5\text{ and a half} | 5 | 0
+45^\circ | 45 | 1
+45^{\circ} | 45 degrees | 1
+30^\circ C | 30^{\circ}\text{F} | 0
+5\text{ cm} | 5 | 1
+5 cm | 5\text{ cm} | 1
+5\text{ cm} | 5\text{ m} | 0
+5\text{ cm}^2 | 5 cm | 0
+15\mbox{ cm}^2 | 15 cm^2 | 1
+5 apples | 5 | 1
+2abcd | 2 | 0
+5c | 5 | 0
+x = 5 | 5 | 1
+5 | x=5 | 1
+x=5 | y=5 | 0
+x=5 | x=6 | 0
+AB = 5 | 5 | 1
+x=4=5 | 5 | 0
+3x=15 | x=5 | 0
+x^2=25 | x=5 | 0
+2x^2-8=0 | x^2=4 | 1
+y = -\frac12 x + \frac34 | 2x+4y-3=0 | 1
+2x+4y-3=0 | y = -\frac12 x + \frac34 | 0
+-34x-45y+20z-100=0 | 34x+45y-20z+100=0 | 1
+3x-y+13=0 | 3x+4y+14=0 | 0
+x-x=0 | x+y=3 | 0
+\frac{x^2}{4}+\frac{y^2}{3}=1 | \frac{x^2}{16}+\frac{y^2}{12}=1 | 0
+f(x) = 2x | 2x | 1
+f(2) | 2f | 0
+2+3 | 5 | 0
+10/2 | 5 | 0
+\sqrt{25} | 5 | 0
+1024 | 2^{10} | 1
+2^{10} | 1024 | 0
+10^{1000} | 10^{1001} | 0
+x^{10} | x^10 | 1
+x^{12} | x^12+1 | 0
+\frac{1}{2^{99}} | \frac{1}{2^{98}} | 0
+\frac{2^{2005}+1}{3 \cdot 2^{2006}} | \frac{1}{3 \cdot 2^{2006}} | 0
+\frac{1}{2004!} | \frac{1}{2006!} | 0
+2\pi | \pi \times 2 | 1
+pi/2 | \dfrac{\pi}{2} | 1
+0.5 + \frac{\pi}{8} | \pi \div 8 + 1 \div 2 | 1
+\frac{\sqrt{2}}{2} | 1/\sqrt{2} | 1
+\sqrt{18} | 3\sqrt2 | 1
+4\sqrt(2) | 4 | 0
+4\sqrt(2) | 4\sqrt{2} | 1
+1/\sqrt[3]{x} | x^{-1/3} | 1
+\sqrt[3]{-8} + \pi | \pi - 2 | 1
+\sqrt{x^2} | x | 0
+\left|x\right| | \sqrt{x^2} | 1
+\sqrt{x}\sqrt{y} | \sqrt{xy} | 1
+x^2+2x+1 | (x+1)^2 | 1
+x^2+2x+2 | (x+1)^2 | 0
+(x+y)^2 | x^2+y^2 | 0
+\frac{x}{7}+\frac{2}{7} | \frac{x+2}{7} | 1
+\frac{x^2-1}{x-1} | x+1 | 1
+2x | x2 | 1
+ab | b \cdot a | 1
+x_1 + x_2 | x_{2} + x_{1} | 1
+x_1 | x_2 | 0
+X+Y | x+y | 0
+\sec^2(y) | \tan^2 y + 1 | 1
+\sin 2x | 2 \sin x \cos x | 1
+\sin^{-1} x | \frac{1}{\sin x} | 0
+\log_2 8x | 3 + \log_2 x | 1
+e^{16}-1 | -1+exp(16) | 1
+1 - \frac{1}{\mathrm{e}} | 1 + \frac1e | 0
+14.0 + -1.0i | 14 - i | 1
+(1+i)^2 | 2i | 1
+e^{i\pi/3} | \frac12 + \frac{\sqrt3}{2} i | 1
+\pm 5 | 5, -5 | 1
+\pm 2021 | 2021 | 0
+5 | \pm 5 | 0
+1 \pm \sqrt{19} | 1-\sqrt{19}, 1+\sqrt{19} | 1
+x = \pm 3 | x=3 \text{ or } x=-3 | 1
+6\text{ or }7 | 7, 6 | 1
+n=1, 2, 3 | n=2, 3, 4 | 0
+1, 1, 2 | 1, 2, 2 | 0
+1, 2, \ldots, n | 1, 3, \ldots, n | 0
+19, 46, \text{ and } 82 | 21, 36, and 82 | 0
+y=2, x=1 | x = 1 \text{ and } y = 2 | 1
+(x,y)=(1,2) | (1,2) | 1
+(1,4.5) | \left( 1,\ \frac{9}{2} \right) | 1
+(2,1) | (1,2) | 0
+1,2 | (1,2) | 0
+(1,2,3) | (1,2) | 0
+\{1,2\} | \{2,1\} | 1
+\left\{ 1, \frac12 \right\} | {0.5, 1} | 1
+[0,1) | \left[0, 1\right) | 1
+[0,1) | (0,1) | 0
+D = (0, 1.5) | D = (0, 1) | 0
+x \in [-2,7] | [-2, 7] | 1
+(3,\infty) \cup (-\infty,2) | (-\infty, 2)\cup(3, +\infty) | 1
+(-\infty,2]\cup(3,\infty) | (-\infty,2)\cup(3,\infty) | 0
+(-\infty,\infty) | (-\infty,0)\cup(0,\infty) | 0
+2 < x \leq 5 | 5 \ge x > 2 | 1
+2 < x < 5 | 2 < x \le 5 | 0
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \left[\begin{array}{c}1\\ 2\\\end{array}\right] | 1
+\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | 0
+\begin{pmatrix} 1/2 & x \\ 3 & 4 \end{pmatrix} | \begin{bmatrix}0.5 & x\\3 & 4\end{bmatrix} | 1
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | 0
+(A) | A | 1
+\textbf{(B)} | \text{B} | 1
+(A) | B | 0
+\text{Yes} | yes. | 1
+no | on | 0
+New York | new york | 1
+top hat | hat top | 0
+\text{13} | 13 | 1
+x^2\frac{1}{2} | \frac{x^2}{2} | 1
+12_8 | 12_{8} | 1
+12_8 | 12 | 0
+12:00 | 1:00 | 0
+3:2 | 3/2 | 0
+0.\overline{3} | 0.\overline{3} | 1
+\infty | -\infty | 0
+− 3 × π | -3\pi | 1
+$\left(x+1\right)$ | \(x+1\) | 1
+"""
+
+
+def test_math_answers_are_graded_as_by_hand():
+    pairs = [line.rsplit(" | ", 2) for line in PAIRS.strip().splitlines()]
+    assert len(pairs) > 130 and 50 < sum(right == "1" for _, _, right in pairs) < 100
+    assert [pair for pair in pairs if grade_math(pair[0], pair[1]) != (pair[2] == "1")] == []
+    assert [pair for pair in pairs if not grade_math(pair[0], pair[0])] == []
+    assert [pair for pair in pairs if not grade_math(f"So \\boxed{{ {pair[1]} }}.", pair[1])] == []
+    assert grade_math("5", 5) and grade_math("0.5", 0.5) and not grade_math(None, "5") and not grade_math("5", None)
+
+
+def test_the_value_of_arithmetic_equals_pythons_own():
+    rng = random.Random(1)
+
+    def draw(depth):                                        # a text, and its value by Python's fractions
+        if not depth:
+            number = rng.randint(1, 30)
+            return str(number), Fraction(number)
+        (left, a), (right, b) = draw(depth - 1), draw(rng.randrange(depth))
+        kind = rng.choice("+-*/^f")
+        if kind in "/f" and b:
+            return (f"(({left})/({right}))" if kind == "/" else f"\\frac{{{left}}}{{{right}}}"), a / b
+        if kind == "^":
+            return f"({left})^2", a ** 2
+        if kind in "*/f":
+            return f"({left} \\cdot {{{right}}})", a * b
+        return f"({left} {kind} {right})", a + b if kind == "+" else a - b
+
+    for _ in range(100):
+        text, value = draw(4)
+        assert math_value(parse_math(clean_math(text)), {}, True) == value, text
+
+
+def test_the_answer_is_in_the_last_tags_else_in_the_last_balanced_box():
+    for text, answer in (
+            ("<answer>4</answer> no: <answer> 5 </answer>", "5"),
+            (r"<answer>so \boxed{\frac{1}{2}}</answer> \boxed{3}", r"\frac{1}{2}"),
+            (r"\boxed{1} and \boxed{\frac{1}{2}}, {", r"\frac{1}{2}"), (r"\boxed{5} \boxed{\frac{1}{2}", "5"),
+            (r"$\boxed 5$", "5"), (r"\fbox{\boxed{a}}", r"\boxed{a}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"{ \boxed{7}", "7"),
+            ("5", None), ("", None), (r"\boxed{}", None), ("<answer> </answer>", None), ("<answer>5", None),
+            ("</answer>5<answer>", None)):
+        assert extract_answer(text) == answer, text
+
+
+def test_the_last_number_of_a_text():
+    for text, number in (
+            ("72", 72), ("$1,234.50.", 1234.5), ("9{,}500", 9500), ("-5", -5), ("$-5", -5), ("-$5", -5), ("−5", -5), ("3-2", 2),
+            ("9 - 3", 3), ("x-3", 3), ("2024-05-01", 1), ("3/4/2024", 2024), ("10:30", 30), ("1/2", 0.5), ("-1/2", -0.5),
+            ("2 1/2", 2.5), ("5/0", None), ("1.5e-3", 0.0015), ("1e5", 100000), ("3.14.15", 15), ("12,34", 34),
+            ("1234,567", 567), (".5", 0.5), ("0.5%", 0.5), ("72, in total, and so.", 72), ("18.00", 18), ("1/2/3", 3),
+            ("none", None), ("", None), ("1" * 300, int("1" * 300)), ("7 " + "1" * 301, None)):
+        value = parse_number(text)
+        assert value == number and type(value) is type(number), text
+    assert grade_number("so 18.", "9 * 2 = 18\n#### 18") and grade_number(r"\boxed{1{,}000} in 3 days", 1000)
+    assert grade_number("0.3", 0.1 + 0.2) and grade_number("1/3", 1 / 3) and not grade_number("0.33", 1 / 3)
+    assert not grade_number(str(10 ** 20 + 1), 10 ** 20) and not grade_number("none", "none")
+
+
+def test_gsm8ks_own_solutions_are_right_and_their_neighbours_wrong():
+    path = SHARED / "gsm8k" / "test.jsonl"
+    if not path.exists():
+        pytest.skip("../shared/data/gsm8k is not there")
+    solutions = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+    truths = [solution.split("####")[1].strip() for solution in solutions]
+    assert len(solutions) == 1319
+    for i in range(len(solutions)):
+        equal = truths[i].replace(",", "") == truths[i - 1].replace(",", "")
+        assert grade_number(solutions[i], truths[i]) and grade_number(solutions[i], truths[i - 1]) == equal
+        if i % 8 == 0:
+            assert grade_math(f"It is \\boxed{{{truths[i]}}}.", truths[i]) and grade_math(truths[i], truths[i - 1]) == equal
+
+
+def test_the_choice_of_a_response():
+    choices = ["Paris", "London", "Rome", "Vitamin B"]
+    for response, letter in (
+            ("B", "B"), ("(b)", "B"), ("b.", "B"), ("**D**", "D"), (r"\boxed{A}", "A"), (r"\boxed{\text{C}}", "C"),
+            ("<answer>B</answer>", "B"), (r"\boxed{\textbf{(C)} Rome}", "C"), ("The answer is B", "B"), ("Answer: (C)", "C"),
+            ("**Answer:** C", "C"), ("B. London", "B"), ("The correct option is (D).", "D"), ("I choose B", "B"),
+            ("B is correct", "B"), ("The answer is A because", "A"), ("I think the answer is A. No, it is C.", "C"),
+            ("Answer: A\nAnswer: B", "B"), ("The answer is not B. The answer is C.", "C"),
+            ("Option A is wrong. C is the right one", "C"), ("London.", "B"), ("The answer is vitamin B.", "D"),
+            ("A dog barks", None), ("The answer is a dog", None), ("The answer is not B", None), ("B is not correct", None),
+            ("x", None), ("The answer is A or B", None), ("The answer is A, B", None), ("A. Paris\nB. London", None),
+            ("The answer is E", None), ("", None)):
+        assert parse_choice(response, choices) == letter, response
+    assert parse_choice("4", ["3", "-4", "4"]) == "C" and parse_choice("same", ["same", "same"]) is None
+    assert parse_choice("-", ["+", "-"]) == "B" and parse_choice("", ["+", "x"]) is None
+    assert grade_multiple_choice("B", 1, choices) and grade_multiple_choice("B", "B", choices)
+    assert not grade_multiple_choice("B", 0, choices) and not grade_multiple_choice("none", "B", choices)
+    for answer in ("E", 4, -1, "London"):
+        with pytest.raises(ValueError, match="none of 4 choices"):
+            grade_multiple_choice("B", answer, choices)
+
+
+def test_countdown_uses_each_number_once_and_computes_exactly():
+    for response, numbers, target, right in (
+            ("<answer>(1+2)*3</answer>", [1, 2, 3], 9, True), ("1+2+3 = 6", [1, 2, 3], 6, True),
+            (r"\frac{8}{2} \times 3", [2, 3, 8], 12, True), ("8 ÷ 3 × 3", [8, 3, 3], 8, True), ("-(1-3)", [1, 3], 2, True),
+            ("1+2+3=7", [1, 2, 3], 6, False), ("1+2", [1, 2, 3], 3, False), ("81*1", [1, 81, 1, 1], 81, False),
+            ("1+1+2", [1, 2], 4, False), ("12", [1, 2], 12, False), ("2 1/2", [2, 1, 2], 2.5, False), ("7/2", [7, 2], 3, False),
+            ("2^3", [2, 3], 8, False), ("8/(3-3)", [8, 3, 3], 8, False), ("(1,2)", [1, 2], 3, False),
+            ("1+2 = 1e99999999", [1, 2], 3, False),
+            ("1*2;import os", [1, 2], 2, False), ("", [1], 1, False), ("9**9**9", [9, 9, 9], 9, False)):
+        assert grade_countdown(response, numbers, target) == right, response
+
+
+def test_rewards_tell_right_answers_from_kept_formats():
+    good, bare = "<think>\n2+3\n</think> <answer>5</answer>\n", "5"
+    assert follows_format(good)
+    for response in (
+            bare, "so " + good, good + "!", good + good, good.replace("2+3", ""), good.replace("5", " "),
+            "<think><think>a</think></think><answer>5</answer>", "<answer>5</answer><think>a</think>",
+            "<think>a<answer>5</answer></think>"):
+        assert not follows_format(response), response
+    values = lambda kind, response, **row: tuple(REWARDS[kind](response, row)[name] for name in ("reward", "format", "answer"))
+    assert values("think", good, answer="5") == (1, 1, 1) and values("think", good, answer="6") == (0, 1, 0)
+    assert values("think", bare, answer="5") == (0, 0, 1) and values("math", bare, answer="5") == (1, 0, 1)
+    assert values("math", r"\boxed{6}", answer=5) == (0, 1, 0) and values("number", "so 5", answer="#### 5") == (1, 1, 1)
+    assert values("number", "none", answer=5) == (0, 0, 0) and values("choice", "B", choices=["3", "5"], answer=1) == (1, 1, 1)
+    assert values("choice", "?", choices=["3", "5"], answer="B") == (0, 0, 0)
+    assert values("countdown", "<answer>2+3</answer>", numbers=[3, 2], answer=5) == (1, 1, 1)
+    for kind, row, missing in (
+            ("math", {}, "answer"), ("choice", {"answer": "A"}, "choices"), ("countdown", {"answer": 5}, "numbers"),
+            ("number", {"truth": 5}, "answer"), ("think", {"answer": None}, "answer")):
+        with pytest.raises(ValueError, match=f"without '{missing}'"):
+            REWARDS[kind]("5", row)
+
+
+HOSTILE_ANSWERS = [
+    "", "(" * 10 ** 5, "((((((", "{" * 1999, r"\frac{" * 300, r"\sqrt" * 390 + "2", r"\sin" * 390, "-" * 1990 + "6",
+    "2^" * 900 + "2", "9**9**9**9", "10^1000000", "1e99999999", "9" * 10 ** 6, "9" * 1999, "6\0", "\ud800", "\u202e6",
+    "\\" * 1999, '"' * 1999, "%" * 1999, "(x+1)" * 390, "(x+1)^{400}", "((x^{30})^{30})^{30}",
+    r"5^{\left(5^{\left(5^{(5^5)}\right)}-4\right)}", "e^{e^{e^{e^{e}}}}", "0^{-1}", "1/0", r"\log_0 0", r"\sqrt[0]{2}",
+    "1+" * 999 + "1", "1/" * 999 + "1", "x" * 1999, "a b " * 499, "ab " * 660, "x and " * 330, "1," * 999 + "1", "1,111" * 390,
+    "±1," * 600, "|" * 1999, "^ " * 999, "^" + " " * 1990 + "!", r"\text{" * 390, r"\begin{pmatrix}" * 120,
+    r"\begin{pmatrix}" + "1&" * 900, r"\boxed{" * 10_000, r"\boxed " * 10_000, "<answer>" * 9000 + "</answer>" * 9000,
+    "=".join("x" * 900), "answer is" + " " * 30_000 + "!", "\n" * 50_000, "{-_" * 9000,
+    "<think>" + "a" * 20_000 + "</think>x<answer>z</answer>", "answer is A" + "," * 19_000 + "!"]
+
+
+def test_hostile_strings_are_wrong_at_once():
+    start = time.perf_counter()
+    variables = [f"x_{i}" for i in range(300)]              # more than 100 items are compared as text
+    assert not grade_math(",".join(variables), ",".join(reversed(variables)))
+    for text in HOSTILE_ANSWERS:
+        assert not grade_math(text, "5") and grade_math(text[:1900], text[:1900] + "+0") in (True, False), text[:40]
+        assert not grade_number(text, 5) and not grade_countdown(text, [5], 5) and not follows_format(text)
+        assert parse_choice(text, ["no", "never"]) == ("A" if text.startswith("answer is A") else None), text[:40]
+    assert time.perf_counter() - start < 20                 # 1 second where nothing else runs: bounded, which is the point
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: rows and templates
+
+def sequences(*arguments):
+    """tokenize_row's examples as (ids, mask)."""
+    return [(example["ids"], example["mask"]) for example in tokenize_row(*arguments)]
+
+
+USER, BOT = ({"role": role, "content": content} for role, content in (("user", "Q"), ("assistant", "A")))
+ASKED = [{"role": "system", "content": "S"}, USER]
+HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q"
+
+
+def rows_of(folder, kind, *rows, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_rows([path], kind, **options)
+
+
+@pytest.mark.parametrize("kind, row, made", [
+    ("sft", {"prompt": "Q", "completion": "A", "source": 1}, {"prompt": "Q", "response": "A"}),
+    ("sft", {"prompt": [USER], "completion": [BOT]}, {"prompt": [USER], "response": "A"}),
+    ("sft", {"question": "Q", "answer": "A #### 7"}, {"prompt": "Q", "response": "A #### 7"}),
+    ("sft", {"problem": "Q", "solution": "so A", "answer": "A"}, {"prompt": "Q", "response": "so A"}),
+    ("sft", {"messages": [USER, BOT], "prompt": "Q", "source": 1}, {"messages": [USER, BOT], "prompt": "Q", "source": 1}),
+    ("sft", {"instruction": "Add", "input": "1 2", "output": "3"}, {"prompt": "Add\n\n1 2", "response": "3"}),
+    ("sft", {"instruction": "Add", "input": "", "output": "3"}, {"prompt": "Add", "response": "3"}),
+    ("sft", {"id": 1, "conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "Q"},
+                                        {"from": "gpt", "value": "A"}]},
+     {"id": 1, "messages": [{"role": "system", "content": ""}, USER, BOT]}),
+    ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+    ("preference", {"prompt": ASKED, "chosen": [BOT], "rejected": [BOT]}, {"prompt": ASKED, "chosen": "A", "rejected": "A"}),
+    ("preference", {"prompt": "Q", "chosen": [*ASKED, BOT], "rejected": [*ASKED, BOT | {"content": "B"}]},     # UltraFeedback
+     {"prompt": ASKED, "chosen": "A", "rejected": "B"}),
+    ("preference", {"messages": [USER, BOT], "chosen": "A", "rejected": "B"}, {"prompt": [USER], "chosen": "A", "rejected": "B"}),
+    ("preference", {"chosen": HH + "\n\nAssistant: yes", "rejected": HH + "\n\nAssistant: No, Human: no"},
+     {"prompt": [USER, BOT, USER], "chosen": "yes", "rejected": "No, Human: no"}),
+    ("prompt", {"question": "Q", "answer": "A #### 7", "level": 2}, {"prompt": "Q", "answer": "A #### 7", "level": 2}),
+    ("prompt", {"problem": "Q", "solution": "so A", "answer": 7}, {"prompt": "Q", "answer": 7, "solution": "so A"}),
+    ("prompt", {"problem": "Q", "solution": "so A"}, {"prompt": "Q", "answer": "so A"}),
+    ("prompt", {"messages": [*ASKED, BOT]}, {"prompt": ASKED, "answer": "A"})])
+def test_rows_in_every_known_spelling_become_one(tmp_path, kind, row, made):
+    got, = rows_of(tmp_path, kind, row)
+    assert {name: got[name] for name in made} == made and (kind == "prompt" or "messages" in made or set(got) == set(made))
+
+
+def test_rows_are_read_from_lists_lines_and_gzip_and_a_prompt_may_have_no_answer(tmp_path):
+    one, two = {"prompt": "Q", "numbers": [1, 2]}, {"prompt": [USER]}
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([one, two], indent=1), encoding="utf-8")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps(two) + "\n\n" + json.dumps(one))
+    got = read_rows([tmp_path / "a.json", tmp_path / "b.jsonl.gz"], "prompt", need_answer=False)
+    assert [row["prompt"] for row in got] == ["Q", [USER], [USER], "Q"]
+    assert got[0]["numbers"] == [1, 2] and got[0]["answer"] is None
+
+
+def test_pairs_that_differ_in_more_than_the_last_answer_are_left_out_and_counted(tmp_path, capsys):
+    hh = lambda first, last: f"\n\nHuman: {first}\n\nAssistant: {last}"
+    rows = [{"chosen": hh("Q", "A"), "rejected": hh("Q", "B")}, {"chosen": hh("Q", "A"), "rejected": hh("R", "B")},
+            {"chosen": hh("Q", "A"), "rejected": hh("Q", "")}, {"chosen": hh("Q", "A") + hh("Q", "A"), "rejected": hh("Q", "B")},
+            {"chosen": hh("Q", "A"), "rejected": hh("Q", "A") + "\n\nHuman: Q"}]
+    assert rows_of(tmp_path, "preference", *rows) == [{"prompt": [USER], "chosen": "A", "rejected": "B"}]
+    assert "4 of 5 rows left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, row, words", [
+    ("preference", '{"prompt": "Q", "response": "A"}', r'row 2 has no "chosen" \(it has prompt, response\)'),
+    ("preference", '{"chosen": "A", "rejected": "B"}', 'row 2 has no "prompt"'),
+    ("sft", '{"prompt": "Q"}', 'row 2 has no "response"'),
+    ("preference", '{"chosen": "\\n\\nHuman: Q", "rejected": 7}', '"rejected" is 7; it must be text'),
+    ("prompt", '{"prompt": "Q", "text": "x"}', 'row 2 has no "answer"'), ("sft", '{"text": "x"}', 'row 2 has no "prompt"'),
+    ("sft", '{"prompt": "Q", "response": " \\n"}', "row 2: the response is empty"),
+    ("sft", '{"prompt": "", "response": "A"}', "prompt is empty"),
+    ("sft", '{"prompt": "Q", "response": 7}', 'row 2: "response" is 7; it must be text'),
+    ("sft", '{"prompt": 7, "response": "A"}', '"prompt" is 7'),
+    ("sft", '{"messages": "Q"}', '"messages" is .Q.; it must be a list'),
+    ("sft", '{"messages": []}', "must be a list of messages"),
+    ("sft", '{"messages": [{"role": "robot", "content": "x"}]}', "message 1 has role 'robot'"),
+    ("sft", '[1]', r"row 2 is \[1\]; it must be an object"),
+    ("sft", '{"messages": [{"role": "user", "content": null}]}', "message 1 has content None"),
+    ("sft", '{"messages": [{"role": "user", "content": "Q"}]}', "the last message is the user's"),
+    ("sft", '{"messages": [{"role": "assistant", "content": "A"}]}', "the first message is the assistant's"),
+    ("sft", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}',
+     r"response is empty \(message 2\)"),
+    ("sft", '{"prompt": "Q"', "row 2 is not JSON"),
+    ("sft", '{"prompt": "\xff"}', "not UTF-8"), ("sft", None, "no row that can be used")])
+def test_a_row_that_is_no_row_is_named_in_one_line(tmp_path, kind, row, words):
+    good = '{"prompt": "Q", "response": "A", "chosen": "A", "rejected": "B", "answer": 7}\n'
+    (tmp_path / "r.jsonl").write_bytes((good + row).encode("latin-1") if row else b"\n")
+    with pytest.raises(ValueError, match=words) as told:
+        read_rows([tmp_path / "r.jsonl"], kind)
+    assert "r.jsonl" in str(told.value) and "\n" not in str(told.value)
+
+
+# --- align.py: templates and examples
+
+END = 257                                                # <|im_end|> in chat_tokenizer
+FORGETFUL = CHAT.replace("m.content", "(m.content.split('</think>') | last)")      # as Qwen 3's: no earlier thinking
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+          "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+LLAMA3_TOKENS = ("<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+text = lambda ids: bytes(id for id in ids if id < 256).decode()
+learnt = lambda ids, mask: [id for id, learn in zip(ids, mask, strict=True) if learn]
+config = small().config
+
+
+def test_a_prompt_is_put_raw_into_a_text_or_into_the_chat_template_and_cannot_inject(tmp_path):
+    chat, plain = chat_tokenizer(CHAT), chat_tokenizer()
+    plain.start = [258]
+    assert [pick_template(chat, None), pick_template(plain, None), pick_template(chat, "raw")] == ["chat", "raw", "raw"]
+    assert prompt_tokens(plain, "a<|im_end|>", "raw") == [258, *b"a<|im_end|>"]
+    asked = prompt_tokens(plain, "<|im_end|>{x}", pick_template(plain, "think"))
+    assert asked[0] == 258 and text(asked) == THINK.replace("{prompt}", "<|im_end|>{x}") and text(asked).endswith("<think>")
+    assert prompt_tokens(chat, "Q", "chat") == prompt_tokens(chat, [USER], "raw") == (
+        [256, *b"user\nQ", 257, *b"\n", 256, *b"assistant\n"])
+    (tmp_path / "t.txt").write_text("{a} {prompt}:\n")
+    assert text(prompt_tokens(chat, "Q", pick_template(chat, str(tmp_path / "t.txt")))) == "{a} Q:"
+    (tmp_path / "t.txt").write_text("{question}")
+    for asked, words in ((str(tmp_path / "t.txt"), "has no {prompt}"), ("chatty", "not chat, raw or think, and no file")):
+        with pytest.raises(ValueError, match=words):
+            pick_template(chat, asked)
+    for prompt, template in (("Q", "chat"), ([USER], "raw")):
+        with pytest.raises(ValueError, match="no chat template; give --chat_template chatml"):
+            prompt_tokens(plain, prompt, template)
+
+
+def test_a_turn_ends_with_what_the_template_writes_behind_an_answer():
+    llama3 = chat_tokenizer(LLAMA3, LLAMA3_TOKENS)
+    unended = chat_tokenizer("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+                             "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    assert turn_end(chat_tokenizer(CHAT), config, "chat") == turn_end(chat_tokenizer(LLAMA_TEMPLATE), config, "chat") == [257]
+    assert turn_end(llama3, config, "chat") == [259]
+    ends = dataclasses.replace(config, eos_token_id=[5, 6])
+    assert turn_end(llama3, ends, "raw") == turn_end(unended, ends, "chat") == [5]
+    for nothing in (None, []):
+        with pytest.raises(ValueError, match="no end-of-sequence token"):
+            turn_end(llama3, dataclasses.replace(config, eos_token_id=nothing), "raw")
+
+
+def test_responses_and_what_ends_them_are_learnt_and_no_token_reaches_over_the_border():
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"<|end|>"}
+    tokenizer = bpe.Tokenizer(vocab, [(b"a", b"b")], {"<|end|>": 257})
+    tokenizer.start, tokenizer.chat_template = [257], None
+    (ids, mask), = sequences(tokenizer, {"prompt": "xa", "response": "b ab<|end|>"}, "raw", [257])
+    assert ids == [257, *b"xa", *b"b ", 256, *b"<|end|>", 257] and mask == [False] * 3 + [True] * 11
+    batch = tokenize_pairs(["xa", "y"], ["bab", "z"], tokenizer)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[*b"xab"], [*b"yz", 0]], "labels": [[*b"ab", 256], [*b"z", 0, 0]],
+        "response_mask": [[False, True, True], [True, False, False]]}
+    thinking = chat_tokenizer(special=("<think>", "</think>", "<|im_end|>"))
+    assert response_tokens(thinking, "<think>a</think>b<|im_end|>") == [256, *b"a", 257, *b"b<|im_end|>"]
+
+
+def test_every_assistant_turn_is_learnt_in_one_sequence_or_apart_where_the_template_forgets():
+    talk = [*ASKED, BOT | {"content": "<think>hm</think>A"}, USER, BOT | {"content": "<think>so</think>B"}]
+    for template, tokens, end in ((CHAT, ("<|im_start|>", "<|im_end|>"), 257), (LLAMA3, LLAMA3_TOKENS, 259)):
+        tokenizer = chat_tokenizer(template, tokens)
+        (ids, mask), = sequences(tokenizer, {"messages": talk}, "chat", [end])
+        assert learnt(ids, mask) == [*b"<think>hm</think>A", end, *b"<think>so</think>B", end]
+        assert ids == sample.chat_tokens(tokenizer, talk)[:len(ids)]                 # the conversation as the template has it
+    forgetful = chat_tokenizer(FORGETFUL)
+    one, two = sequences(forgetful, {"messages": talk}, "chat", [END])
+    assert learnt(*one) == [*b"<think>hm</think>A", END] and learnt(*two) == [*b"<think>so</think>B", END]
+    assert text(two[0]) == "system\nS\nuser\nQ\nassistant\nA\nuser\nQ\nassistant\n<think>so</think>B"
+
+
+def test_what_is_longer_than_the_context_is_left_out_and_counted():
+    tokenizer, ended = chat_tokenizer(CHAT), dataclasses.replace(config, eos_token_id=9)
+    rows = [{"prompt": "Q" * n, "response": "A"} for n in (3, 4, 5)] + [{"messages": [USER, BOT]}]
+    examples, dropped = tokenize_rows(tokenizer, ended, rows, "raw", context=5)
+    assert dropped == 2 and examples == [{"ids": [*b"QQQA", 9], "mask": [False] * 3 + [True] * 2},
+                                         {"ids": [*b"QQQQA", 9], "mask": [False] * 4 + [True] * 2}]
+    last = tokenize_rows(tokenizer, ended, rows, "raw", context=99)[0][-1]
+    assert learnt(last["ids"], last["mask"]) == [*b"A", END]                                         # a conversation ends as its template says
+
+
+# --- align.py: a template for a model without
+
+def test_chatml_grows_the_model_and_the_folder_says_so(tmp_path):
+    tokenizer, model = chat_tokenizer(special=(bpe.ENDOFTEXT,)), small(vocab_size=260, bos_token_id=256, eos_token_id=256)
+    source, out = tmp_path / "source", tmp_path / "out"
+    tokenizer.save(source)
+    save_pretrained(model, source)
+    model, tokenizer = sample.open_folder(source, "cpu")
+    old = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model, tokenizer = add_chat_template(model, tokenizer, "chatml")
+    assert tokenizer.special_tokens == {bpe.ENDOFTEXT: 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    assert model.config.vocab_size == 260                                            # it had rows to spare
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weight = model.state_dict()[name]
+        assert torch.equal(weight[:257], old[name][:257]) and torch.equal(weight[259:], old[name][259:])
+        assert (weight[257:259] - old[name][:257].mean(0)).abs().max() < 1e-6
+    assert model.config.eos_token_id == [256, 258] and turn_end(tokenizer, model.config, "chat") == [258]
+    save_pretrained(model, out)
+    save_tokenizer(tokenizer, out, source)
+    again, read = sample.open_folder(out, "cpu")
+    assert again.config.eos_token_id == [256, 258] and read.chat_template == CHAT
+    assert read.special_tokens == tokenizer.special_tokens
+    assert sample.chat_tokens(read, [USER]) == [257, *b"user\nQ", 258, *b"\n", 257, *b"assistant\n"]
+    assert prompt_tokens(read, "a", "raw") == prompt_tokens(tokenizer, "a", "raw") == [256, *b"a"]
+    grown, _ = add_chat_template(load_pretrained(source), chat_tokenizer(special=("<|im_start|>",) + LLAMA3_TOKENS), "chatml")
+    assert grown.config.vocab_size == 262
+
+
+def test_a_jinja_file_is_a_chat_template_and_a_tokenizer_that_gets_no_token_stays_byte_for_byte(tmp_path):
+    (tmp_path / "own.jinja").write_text(LLAMA3)
+    tokenizer = chat_tokenizer(None, LLAMA3_TOKENS)
+    source, out = tmp_path / "source", tmp_path / "out"
+    tokenizer.save(source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps(content | {"post_processor": {"type": "ByteLevel"}}, indent=3))
+    (source / "chat_template.jinja").write_text("of before")
+    tokenizer.chat_template = "of before"
+    out.mkdir()
+    save_tokenizer(tokenizer, out, source)
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in source.iterdir()) and len(list(out.iterdir())) == 3
+    model, tokenizer = add_chat_template(small(vocab_size=260), tokenizer, str(tmp_path / "own.jinja"))
+    save_tokenizer(tokenizer, out, source)
+    assert model.config.eos_token_id == 259 and bpe.Tokenizer.load(out).chat_template == LLAMA3
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    (tmp_path / "own.jinja").write_text("{% if")
+    for which, words in (("none.jinja", "neither chatml nor a file"), (str(tmp_path / "own.jinja"), "chat template refuses")):
+        with pytest.raises(ValueError, match=words):
+            add_chat_template(model, tokenizer, which)
+
+
+def test_transformers_reads_the_grown_tokenizer_alike(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = chat_tokenizer(special=("<s>",))
+    tokenizer.save(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    model, tokenizer = add_chat_template(small(vocab_size=257), tokenizer, "chatml")
+    save_tokenizer(tokenizer, tmp_path / "out", tmp_path / "source")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [*ASKED, BOT, USER, BOT]
+    theirs = peer.apply_chat_template(talk, return_dict=False)
+    (ids, _), = sequences(tokenizer, {"messages": talk}, "chat", [258])
+    assert theirs == ids + [*b"\n"]
+    assert peer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False) == sample.chat_tokens(tokenizer, ASKED)
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py: evaluation
+
+@pytest.fixture(scope="module")
+def judged_models(tmp_path_factory):
+    """Two folders with models of bytes, which end at <|endoftext|>."""
+    folders, tokenizer = [tmp_path_factory.mktemp(name) for name in ("first", "second")], chat_tokenizer(special=("<|endoftext|>",))
+    for seed, folder in enumerate(folders):
+        save_pretrained(small(seed=seed, vocab_size=257, max_position_embeddings=300, eos_token_id=256), folder)
+        tokenizer.save(folder)
+    return folders
+
+
+def evaluated(name, folder, path, **options):
+    options = align.Evaluation(max_new_tokens=8, device="cpu", **options)
+    return align.TASKS[name](align.open_engine(folder, options), path, options)
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_mean_has_the_standard_error_s_over_root_n_and_macro_counts_groups_alike():
+    records = [{"scores": {"right": x}, "group": group} for x, group in ((1, "a"), (0, "a"), (1, "b"), (1, "b"))]
+    found = align.summarize(records)
+    assert found["right"] == pytest.approx((0.75, 0.25, 4))                  # s = 0.5, over the root of 4
+    assert found["right, macro"] == pytest.approx((0.75, 0.25, 4))           # (0.5 ± 0.5 and 1 ± 0) / 2
+    assert align.summarize(records[:1])["right"] == (1, None, 1)
+
+
+def test_a_ratio_of_sums_has_the_error_that_drawing_its_records_again_shows():
+    dice = np.random.default_rng(0)
+    weights = dice.integers(1, 50, 400)
+    values = 3 + dice.normal(size=400) + 0.02 * weights
+    mean, error, _ = align.mean_and_error(values, weights)
+    draws = [dice.integers(0, 400, 400) for _ in range(2000)]
+    again = [(values[i] * weights[i]).sum() / weights[i].sum() for i in draws]
+    assert mean == pytest.approx((values * weights).sum() / weights.sum()) and error == pytest.approx(np.std(again), rel=0.06)
+
+
+def test_before_and_after_are_compared_question_by_question():
+    make = lambda *values: [{"id": i, "scores": {"right": x}} for i, x in enumerate(values)]
+    before, after = make(1, 0, 0, 1), make(1, 1, 0, 1)
+    assert align.compare(before, after) == {"right": pytest.approx((0.5, 0.75, 0.25, 0.25, 4))}      # differences 0 1 0 0
+    others = [{**record, "id": record["id"] + 9} for record in before]                               # 1/12 + 1/16
+    assert align.compare(others, after) == {"right": pytest.approx((0.5, 0.75, 0.25, math.sqrt(1 / 12 + 1 / 16), 4))}
+
+
+def test_unequal_weights_are_no_pairs():
+    make = lambda weight, *values: [{"id": i, "scores": {"x": x}, "weights": {"x": weight}} for i, x in enumerate(values)]
+    assert align.compare(make(1, 1, 2, 3), make(2, 2, 3, 4))["x"] == pytest.approx((2, 3, 1, math.sqrt(2 / 3), 3))
+    assert align.compare(make(2, 1, 2, 3), make(2, 2, 3, 4))["x"] == pytest.approx((2, 3, 1, 0, 3))
+
+
+def test_a_limit_draws_questions_in_order_by_the_seed():
+    draw = lambda seed, limit=5: align.limited(list("abcdefghij"), align.Evaluation(limit=limit, seed=seed))
+    assert draw(1) == draw(1) == sorted(draw(1)) != draw(2) and len(set(draw(1))) == 5
+    assert draw(1, 10) == draw(2, None) == list(enumerate("abcdefghij", 1))
+
+
+def test_examples_make_way_for_a_question_the_last_first():
+    encode = lambda text: list(text.encode())
+    fit = lambda room, most: align.fit(encode, ["aaaa", "bbbb"], "cc", room, most)
+    assert fit(10, 10) == (encode("aaaabbbbcc"), 0) and fit(9, 10) == (encode("aaaacc"), 1)
+    assert fit(5, 10) == (encode("cc"), 2) and fit(1, 2) == (encode("cc"), 2) and fit(1, 1) == (None, 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}])
+def test_likelihoods_of_many_questions_are_those_of_each_alone(changes):
+    model, dice = small(vocab_size=50, max_position_embeddings=64, **changes).eval(), random.Random(0)
+    text = lambda length: [dice.randrange(50) for _ in range(length)]
+    shared = [text(20), text(12)]
+    prompts = [shared[i % 2] + text(dice.randrange(1, 12)) for i in range(90)] + [shared[0]]
+    answers = [[[i] for i in range(4)] if number % 3 else [text(dice.randrange(1, 6)) for _ in range(3)] for number in range(91)]
+    with torch.no_grad():
+        expected = [sample.choice_log_probs(model, *pair) for pair in zip(prompts, answers)]
+    assert [len(row) for row in expected] == [len(row) for row in answers]
+    for row, other in zip(align.likelihoods(model, prompts, answers), expected):
+        assert row == pytest.approx(other, abs=1e-4)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k():
+    for right in itertools.product((False, True), repeat=5):
+        scores, _ = align.response_scores(list(right), ["1"] * 5, [1] * 5)
+        for k in (2, 4):
+            assert scores[f"pass@{k}"] == pytest.approx(np.mean([any(chosen) for chosen in itertools.combinations(right, k)]))
+
+
+def test_a_majority_is_of_equal_answers_however_written():
+    assert align.majority(["3", "0.5", None, "\\frac12", "3.0", "1/2"]) == 1
+    assert align.majority(["7", "8"]) == 0 and align.majority([None, None]) is None
+
+
+def test_answers_to_problems_are_graded_voted_on_ranked_and_measured(tmp_path, monkeypatch):
+    said = {"2+3": ["so \\boxed{5}", "it is 5", "no: 6", "6 or \\boxed{7}"], "long": []}
+
+    def ask(engine, questions, examples, options, max_new_tokens, stop):
+        requests = {text: [sample.Request([1], tokens=[0] * len(answer)) for answer in said[text]] for text in questions}
+        for text in questions:
+            for request, answer in zip(requests[text], said[text]):
+                request._text = type("Said", (), {"settled": answer})
+        return [({}, requests[text]) for text in questions]
+
+    monkeypatch.setattr(align, "ask", ask)
+    path = jsonl(tmp_path / "test.jsonl", {"prompt": "2+3", "answer": "5"}, {"prompt": "long", "answer": "1"})
+    first, second = align.arithmetic(None, path, align.Evaluation(samples=4, scorer=lambda prompt, tokens: -abs(len(tokens) - 7)))
+    assert first["right"] == [True, True, False, False] and first["scores"] == pytest.approx({
+        "accuracy": 0.5, "format": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1, "maj@4": 1, "best of 4": 1,    # "it is 5" has 7 tokens
+        "tokens": (12 + 7 + 5 + 14) / 4, "tokens when right": 9.5, "tokens when wrong": 9.5})
+    assert second["scores"] == {"accuracy": 0, "format": 0, "pass@2": 0, "pass@4": 0, "maj@4": 0}
+    found = align.summarize([first, second])
+    assert found["accuracy"][0] == 0.25 and found["tokens"] == (9.5, None, 1)
+
+
+def test_worked_answers_lose_their_notes_and_give_the_truth():
+    assert align.worked_answer({"answer": "2*3=<<2*3=6>>6 eggs\n#### 1,006"}) == ("2*3=6 eggs\nThe answer is \\boxed{1,006}.", "1,006")
+    row = {"answer": "so \\boxed{\\frac{1}{2}}", "solution": "so \\boxed{\\frac{1}{2}}"}
+    assert align.worked_answer(row) == ("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}")
+    assert align.worked_answer({"answer": "7", "solution": "3+4 is \\boxed{7}"}) == ("3+4 is \\boxed{7}", "7")
+
+
+@pytest.mark.parametrize("row, question, choices, right", [
+    ({"question": "Q?", "choices": ["a", "b"], "answer": 1}, "Question: Q?\nAnswer:", ["a", "b"], 1),
+    ({"question": "Q?", "choices": ["a", "b"], "answer": "B"}, "Question: Q?\nAnswer:", ["a", "b"], 1),
+    ({"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}, "Question: Q?\nAnswer:", ["a", "b"], 0),
+    ({"ctx": "He ", "endings": [" runs", "sits"], "label": "1"}, "He", ["runs", "sits"], 1)])
+def test_spellings_of_multiple_choice(row, question, choices, right):
+    assert align.read_choices(row, "here") == (question, choices, right)
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"choices": ["a"], "answer": 0}, "question"), ({"question": "Q", "choices": ["a", ""], "answer": 0}, "list of texts"),
+    ({"question": "Q", "choices": ["a"], "answer": 1}, "is 1;"), ({"question": "Q", "choices": ["a"], "answer": "Z"}, "'Z'")])
+def test_bad_multiple_choice(row, words):
+    with pytest.raises(ValueError, match="here.*" + words):
+        align.read_choices(row, "here")
+
+
+@pytest.mark.parametrize("text, refused", [
+    ("I'm sorry, but I can't help with that.", True), ("I can\u2019t assist with this request.", True), ("Sorry, no.", True),
+    ("As an AI, I have no opinion.", True), ("Unfortunately, we are not able to say.", True), ("I must decline.", True),
+    ("Sure! First, take a tension wrench.", False), ("Dear Ann, sorry for my late reply.", False), ("x" * 200 + " I cannot", False),
+    ("You cannot divide by zero.", False), ("", False)])
+def test_refusals_by_rule(text, refused):
+    assert align.refuses(text) is refused
+
+
+def test_over_refusal_is_counted_apart(judged_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(align, "refuses", lambda text: True)
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b", "should_refuse": False}, {"prompt": "c" * 300})     # a token too long
+    found = align.summarize(evaluated("safety", judged_models[0], path))
+    assert found == {"refusal rate": (1, None, 1), "over-refusal rate": (1, None, 1)}
+    monkeypatch.setattr(align, "decide", lambda options, texts, words: [0.6, 0.4, 0.9])
+    by_judge = evaluated("safety", judged_models[0], path, judge="one")
+    assert [record["scores"] for record in by_judge] == [{"refusal rate": 1}, {"over-refusal rate": 0}, {}]
+    assert not evaluated("safety", judged_models[0], jsonl(path, {"prompt": "c" * 299}))[0].get("too_long")
+
+
+def test_perplexity_weighs_every_token_alike(judged_models, tmp_path):
+    texts = ["The cat sat on the mat. " * 20, "A dog.", "é"]                # the first in two pieces
+    model, tokenizer = sample.open_folder(judged_models[0], "cpu")
+    with torch.no_grad():
+        losses = [-sample.score(model, list(tokenizer.start) + list(text.encode())) for text in texts]
+    records = evaluated("perplexity", judged_models[0], jsonl(tmp_path / "t.jsonl", *({"text": text} for text in texts)))
+    nats, total = torch.cat(losses).double().mean().item(), sum(map(len, losses))
+    found = align.summarize(records)
+    assert found["nats per token"][0] == pytest.approx(nats, rel=1e-6) and len(records) == 4
+    assert found["bits per byte"][0] == pytest.approx(nats / math.log(2), rel=1e-6) and total == sum(map(len, texts)) + 1 - 3
+    assert found["perplexity"][:2] == pytest.approx((math.exp(nats), math.exp(nats) * found["nats per token"][1]), rel=1e-6)
+
+
+# --- pairs
+
+def test_bradley_terry_by_hand_ten_wins_of_eleven_are_400_points():
+    found = align.bradley_terry([("a", "b", 1)] * 10 + [("b", "a", 1)])
+    assert found["a"][0] == pytest.approx(1200, abs=0.1) and found["b"][0] == pytest.approx(800, abs=0.1) and list(found) == ["a", "b"]
+    ties = align.bradley_terry([("a", "b", 0.5)] * 3)
+    assert ties["a"] == ties["b"] == pytest.approx((1000, 1000, 1000))
+    assert 1200 < align.bradley_terry([("a", "b", 1)] * 50)["a"][0] < math.inf
+
+
+def test_bradley_terry_recovers_strengths_and_its_intervals_hold_them():
+    dice, strengths = np.random.default_rng(1), {"a": 1300, "b": 1050, "c": 900, "d": 750}
+    games = [(i, j, float(dice.random() < 1 / (1 + 10 ** ((strengths[j] - strengths[i]) / 400))))
+             for i, j in itertools.permutations(strengths, 2) for _ in range(200)]
+    found = align.bradley_terry(games)
+    assert list(found) == list(strengths)
+    for name, (rating, low, high) in found.items():
+        assert abs(rating - strengths[name]) < 35 and low < strengths[name] < high and low < rating < high
+
+
+def test_a_win_rate_without_differences_in_length_stays_as_it_is():
+    shares = [1, 1, 1, 0, 0.5, 1, 0.2, 1] * 50
+    rate, error = align.length_controlled_win_rate(shares, [0] * 400)
+    assert rate == pytest.approx(np.mean(shares), abs=1e-4) and error == pytest.approx(np.std(shares) / 20, rel=1e-3)
+
+
+def test_wins_by_length_alone_vanish_under_length_control():
+    dice = np.random.default_rng(0)
+    longer = dice.integers(-100, 400, 3000)
+    spread = longer.std()
+    won = lambda skill: (dice.random(3000) < 1 / (1 + np.exp(-skill - 2 * np.tanh(longer / spread)))).astype(float)
+    by_length = won(0)
+    assert by_length.mean() > 0.7                                            # the plain win rate is taken in
+    for wins, truth in ((by_length, 0.5), (won(math.log(3)), 0.75)):
+        rate, error = align.length_controlled_win_rate(wins, longer)
+        assert abs(rate - truth) < 3 * error < 0.06
+
+
+def test_a_judge_that_likes_the_first_place_prefers_nobody(monkeypatch):
+    monkeypatch.setattr(align, "decide", lambda options, texts, words: [0.9] * len(texts))
+    (share, scores), = align.judged([("say", "a", "b")], align.Evaluation())
+    assert share == pytest.approx(0.5) and scores["orders disagree on"] == 1
+    likes_z = lambda options, texts, words: [0.8 if text.index("Z") < text.index("Answer B") else 0.3 for text in texts]
+    monkeypatch.setattr(align, "decide", likes_z)
+    (share, scores), = align.judged([("say", "Z", "b")], align.Evaluation())
+    assert share == pytest.approx((0.8 + 0.7) / 2) and scores["orders disagree on"] == 0
+
+
+def test_a_judge_decides_by_the_likelihood_of_two_words(judged_models, monkeypatch):
+    model, tokenizer = sample.open_folder(judged_models[0], "cpu")
+    first, too_long = align.decide(align.Evaluation(judge=judged_models[0], device="cpu"), ["Which?", "x" * 400], ("A", "B"))
+    with torch.no_grad():
+        a, b = sample.choice_log_probs(model, list(b"Which?\n\nReply:"), [list(b" A"), list(b" B")])
+    assert first == pytest.approx(math.exp(a) / (math.exp(a) + math.exp(b)), abs=1e-5) and too_long is None
+    tokenizer.chat_template = "{{ messages[0].content }}:"                   # behind a chat's beginning no space
+    monkeypatch.setattr(align, "open_folder", lambda *_: (model, tokenizer))
+    with torch.no_grad():
+        a, b = sample.choice_log_probs(model, list(b"Which?:"), [list(b"A"), list(b"B")])
+    assert align.decide(align.Evaluation(judge="j"), ["Which?"], ("A", "B")) == pytest.approx([math.exp(a) / (math.exp(a) + math.exp(b))])
+
+
+def test_win_rates_by_a_scorer_against_alpaca_eval_files(judged_models, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"instruction": "b"})
+    outputs = [{"instruction": text, "output": output, "generator": name}
+               for name, output in (("empty", ""), ("long", "x" * 99)) for text in "ab"]
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs))
+    options = dict(against=(tmp_path / "outputs.json",), scorer=lambda prompt, tokens: len(tokens))
+    found = align.summarize(evaluated("win-rate", judged_models[0], path, **options))
+    assert found["win rate against empty"] == (1, 0, 2) and found["win rate against long"] == (0, 0, 2)
+    assert found["Elo of long"][0] > found["Elo of this model"][0] > found["Elo of empty"][0]
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs[1:]))
+    with pytest.raises(ValueError, match="outputs.json: empty has no output for 1 of 2 instructions.*'a'"):
+        evaluated("win-rate", judged_models[0], path, **options)
+
+
+# --- the command's work
+
+@pytest.fixture
+def questions(tmp_path):
+    """A folder with data for all tasks; the longest of MMLU's questions does not fit."""
+    folder = tmp_path / "data"
+    for split, rows in (("dev", 'x?,1,2,3,4,A\n"y, z?",5,6,7,8,D\n'), ("test", f"u?,a,b,c,d,B\nv?,e,f,g,h,C\n{'w' * 300},1,2,3,4,A\n")):
+        (folder / "mmlu" / split).mkdir(parents=True)
+        (folder / "mmlu" / split / f"high_school_joy_{split}.csv").write_text(rows)
+    worked = [{"question": f"{n} and 1?", "answer": f"so {n + 1}\n#### {n + 1}"} for n in range(3)]
+    jsonl(folder / "math.jsonl", {"problem": "1+1?", "solution": "it is \\boxed{2}"})
+    jsonl(folder / "choices.jsonl", {"question": "Q?", "choices": ["yes", "perhaps"], "answer": 0})
+    (folder / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        jsonl(folder / "gsm8k" / f"{name}.jsonl", *worked)
+    (folder / "perplexity.txt").write_text("Some text to be predicted.")
+    (folder / "safety.txt").write_text("How?\n\nWhy?\n")
+    jsonl(folder / "win-rate.jsonl", {"prompt": "Say a."}, {"prompt": "Say b."})
+    return folder
+
+
+def test_all_tasks_before_and_after_and_again(judged_models, questions, tmp_path, capsys):
+    out, tasks = tmp_path / "out", list(align.TASKS)
+    options = align.Evaluation(limit=3, max_new_tokens=6, judge=str(judged_models[1]), against=(str(judged_models[1]),), device="cpu",
+                               ways=("letter", "text", "generation"))
+    data = align.find_data(tasks, [str(questions)])
+    after = align.evaluate_folder(judged_models[0], tasks, data, options, out)
+    assert "mmlu: of 9 prompts 3 do not fit" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == tasks and results["mmlu"]["metrics"]["accuracy by letter"][2] == 3
+    assert results["mmlu"]["groups"] == {"high school joy": {
+        name: value for name, value in results["mmlu"]["metrics"].items() if "macro" not in name}} and results["mmlu"]["too_long"] == 3
+    # what is on record is what the model was asked, and how likely it found the answers
+    record = next(record for record in after["mmlu"] if record["id"] == "letter high school joy 1")
+    assert record["prompt"] == ("Questions about high school joy, each with one right answer.\n\n"
+                                "x?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: A\n\ny, z?\nA. 5\nB. 6\nC. 7\nD. 8\nAnswer: D\n\nu?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    model, _ = sample.open_folder(judged_models[0], "cpu")
+    with torch.no_grad():
+        expected = sample.choice_log_probs(model, list(record["prompt"].encode()), [[32, ord(letter)] for letter in "ABCD"])
+    assert record["log_probs"] == pytest.approx(expected, abs=1e-4)
+    assert record["scores"] == {"accuracy by letter": float(expected.index(max(expected)) == 1)}
+    asked = after["gsm8k"][2]
+    assert asked["prompt"].startswith("Question: 0 and 1?\nAnswer: so 1\nThe answer is \\boxed{1}.\n\n") and asked["answer"] == "3"
+    assert asked["prompt"].endswith("Question: 2 and 1?\nAnswer:") and after["math"][0]["answer"] == "2"
+    ours = json.loads((out / "alpaca_eval.json").read_text())
+    text, = sample.generate(model, [list(b"Say b.")], 6, temperature=0)
+    assert len(ours) == 2 and ours[1] == {"instruction": "Say b.", "output": bytes(id for id in text if id < 256).decode(errors="replace").strip(),
+                                          "generator": str(judged_models[0])}
+
+    # a second run takes everything over, until something has changed
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = align.evaluate_folder(judged_models[0], tasks, data, options, out)
+    assert again == after and {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    (questions / "safety.txt").write_text("How?\n")
+    again = align.evaluate_folder(judged_models[0], tasks, data, options, out)
+    assert len(again["safety"]) == 1 and capsys.readouterr().out.count("taken over") == 2 * len(tasks) - 1
+
+    align.evaluate_models(judged_models[0], judged_models[1], ["choices"], [str(questions)], options, out)
+    printed = capsys.readouterr().out.splitlines()
+    old, new = (json.loads((out / place / "results.json").read_text())["choices"]["metrics"]["accuracy by text"][0] for place in ("before", ""))
+    assert printed[1].split() == ["before", "after", "change", "n"]
+    assert printed[2].split() == ["choices:", "accuracy", "by", "text", f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", "1"]
+
+
+def test_samples_of_a_problem_differ_and_come_again_with_their_seed(judged_models, questions):
+    run = lambda seed: [record["responses"] for record in
+                        evaluated("gsm8k", judged_models[0], questions / "gsm8k", samples=3, seed=seed)]
+    assert run(1) == run(1) != run(2) and all(len(responses) == len(set(responses)) == 3 for responses in run(1))
+    with pytest.raises(ValueError, match="samples is 2 and the temperature 0"):
+        evaluated("gsm8k", judged_models[0], questions / "gsm8k", samples=2, temperature=0.0)
+
+
+def test_a_model_with_a_chat_template_is_told_what_is_expected_and_shown_nothing(judged_models, questions):
+    model, tokenizer = sample.open_folder(judged_models[0], "cpu")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}><|endoftext|>{% endfor %}"
+    engine, options = align.Engine(model, tokenizer), align.Evaluation(max_new_tokens=3)
+    asked = [record["prompt"] for record in align.gsm8k(engine, questions / "gsm8k", options)]
+    assert asked[2] == "<2 and 1?\n\nReason step by step, and put the final answer into \\boxed{}.><|endoftext|>"
+    raw = align.gsm8k(engine, questions / "gsm8k", align.replace(options, template="raw", shots=1))
+    assert raw[2]["prompt"].count("Question:") == 2
+    listed = align.mmlu(engine, questions / "mmlu", align.replace(options, shots=1))
+    assert [record["prompt"].count("Answer:") for record in listed if "too_long" not in record] == [2] * 4
+    # an example (60 tokens) would take the place of an answer of 150, half of the context
+    engine = align.Engine(model, tokenizer, context=150)
+    long = align.gsm8k(engine, questions / "gsm8k", align.Evaluation(max_new_tokens=200, template="raw", shots=3))
+    assert [record["prompt"].count("Question:") for record in long] == [1] * 3 and [record["left_out"] for record in long] == [3] * 3
+
+
+def test_our_arithmetic_is_right_and_the_same_for_every_model():
+    rows = align.sums(60, 3)
+    assert rows == align.sums(60, 3) != align.sums(60, 4) and {row["prompt"].split()[3] for row in rows} == set("+-*")
+    for row in rows:
+        assert str(eval(row["prompt"].removeprefix("What is ").rstrip("?"))) == row["answer"].removeprefix("#### ")
+
+
+def test_bad_requests_for_an_evaluation(judged_models, questions, tmp_path):
+    for task, data, words in (("mmul", questions, "mmul.*known are mmlu, gsm8k"), ("math", tmp_path, "no data for math.*--data math="),
+                              ("math", "mth=x", "mth=x"), ("math", "math=nowhere", "nowhere.*not there")):
+        with pytest.raises(ValueError, match=words):
+            align.find_data([task], [str(data)])
+    assert align.find_data(["arithmetic"], []) == {"arithmetic": None}
+    (questions / "mmlu" / "test" / "b_test.csv").write_text("q,a,b,c,d,A\nq,a,b,c,D\n")
+    with pytest.raises(ValueError, match="b_test.csv, row 2 has 5 columns"):
+        evaluated("mmlu", judged_models[0], questions / "mmlu")
+    for options, words in (({}, "--judge"), ({"judge": judged_models[1]}, "--against")):
+        with pytest.raises(ValueError, match=words):
+            align.evaluate_models(judged_models[0], None, ["mmlu", "win-rate"], [str(questions)], align.Evaluation(**options))
+
+
+def test_mmlu_and_gsm8k_as_they_are_published(judged_models):
+    if not (SHARED / "mmlu").exists():
+        pytest.skip("MMLU and GSM8K are not here")
+    tests = align.read_mmlu(SHARED / "mmlu" / "test")
+    assert len(tests) == 57 and sum(map(len, tests.values())) == 14_042       # Hendrycks et al. 2021
+    rows, examples = align.read_problems(SHARED / "gsm8k")
+    assert (len(rows), len(examples)) == (1319, 7473) and align.worked_answer(rows[0])[1] == "18"
+    found = align.summarize(evaluated("gsm8k", judged_models[0], SHARED / "gsm8k", limit=4))
+    assert found["accuracy"][2] == 4
+
+# ------------------------------------------------------------------------------------------------------------------
+# align.py beside TRL
+
+TRL_ROWS = [("Two and two? ", "Four, as always."), ("Sky? ", "Blue."), ("A warm colour. ", "Red"), ("Say it. ", "It. It. It!")]
+TRL_PAIRS = [(prompt, answer, "No " + answer[::-1] * (i % 3)) for i, (prompt, answer) in enumerate(TRL_ROWS)]
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """TRL, and the folder of a small Llama with a token for every byte, with files of rows and pairs in it."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    trl, transformers, datasets = (pytest.importorskip(name) for name in ("trl", "transformers", "datasets"))
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("trl")
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                               num_key_value_heads=2, max_position_embeddings=64, eos_token_id=256))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
+    save_pretrained(model, folder)
+    bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>", "<|pad|>"]).save(folder)
+    rows = {"sft": [dict(zip(("prompt", "completion"), row)) for row in TRL_ROWS],
+            "pairs": [dict(zip(("prompt", "chosen", "rejected"), row)) for row in TRL_PAIRS]}
+    for name, part in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<|pad|>"
+    options = dict(output_dir=str(folder / "out"), use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=2e-4,
+                   lr_scheduler_type="constant", max_steps=3, report_to="none", save_strategy="no", logging_steps=1,
+                   disable_tqdm=True)
+
+    def trainer(name, model, rows, size=4, more={}, **arguments):
+        arguments = getattr(trl, name + "Config")(**options, per_device_train_batch_size=size, **arguments)
+        return getattr(trl, name + "Trainer")(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+                                              processing_class=tokenizer, **more)
+
+    def load(kind="CausalLM", folder=folder, **more):
+        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder, **more).eval()
+
+    return types.SimpleNamespace(folder=folder, rows=rows, before=model.state_dict(), trainer=trainer, load=load)
+
+
+def our_settings(peer, command, out, *more):
+    """Those of a run on the peer's folder, as TRL's `options` has them."""
+    data = peer.folder / ("sft.jsonl" if command == "sft" else "pairs.jsonl")
+    return align.parse_command(command, [
+        "--model", str(peer.folder), "--data", str(data), "--out", str(out), "--steps", "3", "--learning_rate", "2e-4",
+        "--warmup", "0", "--decay", "0", "--dtype", "float32", "--device", "cpu", "--samples", "0", *more])
+
+
+def steps_of_both(peer, command, out, name, model, ours={}, **theirs):
+    """What our command and TRL's trainer log of three steps on the same file; their weights must be equal in the end."""
+    settings, _ = our_settings(peer, command, out, "--batch_size", "4")
+    align.LOOPS[command](dataclasses.replace(settings, **ours), None)
+    trainer = peer.trainer(name, model, peer.rows["sft" if command == "sft" else "pairs"], **theirs)
+    trainer.train()
+    mine, other = model_file.load_safetensors(out / "model.safetensors"), model.state_dict()
+    for key, tensor in other.items():
+        assert (mine[key] - tensor).abs().max() < 1e-5, key
+        assert key == "score.weight" or (mine[key] - peer.before[key]).abs().max() > 3e-4, key
+    logs = map(json.loads, open(out / "log.jsonl")), trainer.state.log_history
+    return list(zip(*([line for line in lines if "loss" in line] for lines in logs), strict=True))
+
+
+def same_rows(a, b):
+    return a == pytest.approx(b, abs=1e-5, rel=1e-5)
+
+
+def test_supervised_tuning_of_packed_rows_makes_the_steps_of_trl(peer, tmp_path):
+    two_passes = {"micro_tokens": 64}                    # of a packed row each
+    for mine, other in steps_of_both(peer, "sft", tmp_path, "SFT", peer.load(), two_passes):
+        assert all(same_rows(mine[name], other[name]) for name in ("loss", "grad_norm", "entropy")), (mine, other)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_dpo_makes_the_steps_of_trl(peer, tmp_path, normalized):
+    loss = "sigmoid_norm" if normalized else "sigmoid"
+    more = {"beta": 0.3, "micro_tokens": 128, "length_normalized": normalized}
+    steps = steps_of_both(peer, "dpo", tmp_path, "DPO", peer.load(), more, beta=0.3, loss_type=loss)
+    for step, (mine, other) in enumerate(steps):
+        assert same_rows(mine["loss"], other["loss"]) and same_rows(mine["grad_norm"], other["grad_norm"])
+        if not normalized:                               # TRL's rewards are of sums in either case
+            assert all(same_rows(mine[name], other[f"rewards/{theirs}"]) for name, theirs in (
+                ("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins"))), (mine, other)
+            assert step == 0 or mine["accuracy"] == other["rewards/accuracies"]      # before the first step all are equal
+
+
+def test_reward_makes_the_steps_of_trl(peer, tmp_path):
+    model = peer.load("SequenceClassification", num_labels=1)
+    torch.nn.init.zeros_(model.score.weight)             # as ours begins
+    for mine, other in steps_of_both(peer, "reward", tmp_path, "Reward", model, {"micro_tokens": 128}):
+        assert all(same_rows(mine[name], other[name]) for name in ("loss", "grad_norm", "accuracy", "margin")), (mine, other)
+
+
+def test_a_reward_model_scores_in_transformers_what_it_scores_here(peer, tmp_path):
+    align.LOOPS["reward"](*our_settings(peer, "reward", tmp_path, "--batch_size", "4"))
+    ids = [list((prompt + chosen).encode()) + [256] for prompt, chosen, _ in TRL_PAIRS]         # they end, as answers do
+    opened = peer.load("SequenceClassification", tmp_path)
+    with torch.no_grad():
+        theirs = [opened(torch.tensor([row])).logits.item() for row in ids]
+    assert same_rows(align.score_texts(align.load_reward_model(tmp_path, "cpu")[0], ids), theirs)
+
+
+def test_log_probabilities_and_entropies_equal_trls():
+    utils = pytest.importorskip("trl.trainer.utils")
+    logits, labels = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0)) * 30, torch.arange(21).view(3, 7)
+    assert torch.allclose(align.response_log_probs(logits, labels), utils.selective_log_softmax(logits, labels), atol=1e-5)
+    assert torch.allclose(align.entropy(logits), utils.entropy_from_logits(logits), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def rollouts(peer, tmp_path_factory):
+    """TRL's GRPO trainer on given answers, what it makes of them, and a run of ours on the same."""
+    rng = random.Random(0)
+    prompts = [list(text.encode()) for text, _ in TRL_ROWS[:3]]
+    answers = [[rng.randrange(256) for _ in range(rng.randint(1, 9))] for _ in range(12)]
+    rewards = [1.0, 0.0, 0.0, 0.3, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 1.0, 1.0]             # the second group teaches nothing
+
+    def roll(texts, trainer):
+        return {"prompt_ids": [prompt for prompt in prompts for _ in range(4)], "completion_ids": answers,
+                "logprobs": [[0.0] * len(answer) for answer in answers]}
+
+    trainer = peer.trainer("GRPO", peer.load(), [{"prompt": text} for text, _ in TRL_ROWS], 12, num_generations=4,
+                           num_iterations=2, max_completion_length=16, beta=0.04,
+                           use_bias_correction_kl=False,                               # the KL term as GRPO's paper has it
+                           more={"rollout_func": roll, "reward_funcs": lambda **_: rewards})
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    for p in trainer.ref_model.parameters():
+        p.data *= 1.03
+    rows = [{"prompt": text} for text, _ in TRL_ROWS[:3] for _ in range(4)]
+    inputs = trainer._generate_and_score_completions(rows)
+    advantages = {"group": inputs["advantages"]}
+    trainer.scale_rewards = "none"
+    advantages["none"] = trainer._generate_and_score_completions(rows)["advantages"]
+    shift = torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(1))
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.3 * shift         # as if earlier steps had moved the model
+    settings, _ = our_settings(peer, "grpo", tmp_path_factory.mktemp("grpo"), "--max_new_tokens", "16", "--learning_rate", "0")
+    run = align.open_run(settings, None)
+    run.total = 1
+    examples = [align.make_example(prompts[i // 4], answer) | {"old": inputs["old_per_token_logps"][i, :len(answer)].tolist()}
+                for i, answer in enumerate(answers)]
+    yield types.SimpleNamespace(trainer=trainer, inputs=inputs, rewards=torch.tensor(rewards), advantages=advantages, run=run,
+                          examples=examples)
+    run.setup.ranks.stop()
+
+
+def test_advantages_equal_trls(rollouts):
+    for how, advantages in rollouts.advantages.items():
+        ours = align.group_advantages(rollouts.rewards, 4, eps=1e-4, normalize_by_std=how == "group")
+        assert torch.allclose(ours, advantages, atol=1e-5) and ours.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("loss_type, ours", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
+@pytest.mark.parametrize("beta, high", [(0.0, None), (0.04, 0.28)])
+def test_the_loss_of_grpo_and_its_gradient_equal_trls(rollouts, loss_type, ours, beta, high):
+    trainer, run, inputs = rollouts.trainer, rollouts.run, rollouts.inputs
+    trainer.loss_type, trainer.beta, trainer.epsilon_low, trainer.epsilon_high = loss_type, beta, 0.2, high or 0.2
+    trainer._metrics["train"].clear()
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
+    other = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    run.s = dataclasses.replace(run.s, normalize_length=ours, kl=beta, clip_ratio_high=high)
+    examples = [dict(example) for example in rollouts.examples]
+    for i, example in enumerate(examples):
+        example["advantage"] = [inputs["advantages"][i].item()] * len(example["old"])
+        if beta:
+            example["reference"] = inputs["ref_per_token_logps"][i, :len(example["old"])].tolist()
+    mine = align.learn_from(run, examples, 0)
+    assert same_rows(mine["loss"], loss.item()) and same_rows(mine["grad_norm"], norm), (mine, loss, norm)
+    if beta:                                             # without, answers whose advantage is 0 are not computed
+        assert same_rows(mine["kl"], other["kl"]) and same_rows(mine["entropy"], other["entropy"])
+        assert same_rows(mine["clip_fraction"], other["clip_ratio/region_mean"]) and mine["clip_fraction"] > 0.1 and mine["kl"] > 0.01
 
 
 if __name__ == "__main__":

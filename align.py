@@ -68,7 +68,7 @@ from ddp import DDP, FSDP
 from model import (Config, KVCache, Parser, Transformer, grow_vocabulary, human, load_safetensors, num_parameters, read_json,
                    save_pretrained, write_atomically)
 from sample import (CHATML, ROLES, Engine, Request, chat_tokens, open_folder, prepare, read_documents, render, score, shared)
-from train import (Interrupt, Ranks, assemble, cut_log, describe, faster_dtype, learning_rate, load_checkpoint, parts_of,
+from train import (Interrupt, Ranks, assemble, cut_log, faster_dtype, learning_rate, load_checkpoint, parts_of,
                    peak_memory, permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
 
 
@@ -1297,9 +1297,9 @@ CHUNK = 2 ** 26                    # logits at a time: 256 MB in float32
 
 def token_log_probs(model: Transformer, input_ids: Tensor, labels: Tensor, positions: Tensor,
                     document_ids: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model thinks of given answers, when it draws at a temperature: input_ids and the tokens behind them, labels (B, S); positions (n,), those in the
-    flattened batch that count -> log-probabilities, entropies (without a gradient) and, where the model has a value head, the
-    values (B, S), 0 elsewhere.
+    """What a model that draws at a temperature thinks of given answers: input_ids and the tokens behind them, labels (B, S);
+    positions (n,), those in the flattened batch that count -> log-probabilities, entropies (without a gradient) and, where the
+    model has a value head, the values (B, S), 0 elsewhere.
 
     The head runs on those positions alone. Where even their logits are large, it takes them a chunk at a time and computes
     them again in the backward pass, so that of n × V numbers never more than a chunk is kept."""
@@ -1545,6 +1545,8 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
         model = model.to(torch.float32)
     if s.chat_template:
         model, tokenizer = add_chat_template(model, tokenizer, s.chat_template)
+    elif tokenizer.chat_template:                        # base models often bring one, and do not end where it ends an answer
+        end_at(model, turn_end(tokenizer, model.config, "chat"))
     if scored:
         add_score(model)
     torch.manual_seed(s.seed)                                                # of LoRA's matrices
@@ -1565,8 +1567,8 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
         raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
     fingerprint = ranks.from_first(lambda: hash_files([*s.data, *(s.val_data or [])]))
     if saved is not None and saved.get("fingerprint") != fingerprint:
-        raise ValueError(f"--resume {out}: the files of --data or --val_data are not what they were when the run began; put them back, "
-                         "or start a new run")
+        raise ValueError(f"--resume {out}: the files of --data or --val_data are not what they were when the run began; put "
+                         "them back, or start a new run")
     if run.first:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "samples.jsonl"):
@@ -1954,8 +1956,8 @@ class RewardProcess:
         if not Path(path).exists():
             raise ValueError(f"--reward {path}:{name}: there is no such file")
         if not self.start():
-            raise ValueError(f"--reward {path}:{name}: the file could not be imported in {self.START} seconds, or has no function "
-                             "of that name; what it said stands above")
+            raise ValueError(f"--reward {path}:{name}: the file could not be imported in {self.START} seconds, or has no "
+                             "function of that name; what it said stands above")
 
     def __call__(self, response: str, row: dict) -> dict:
         """The function's answer; a reward of 0 where it gives none, which is counted."""
@@ -2053,9 +2055,9 @@ def summary(graded: list[dict]) -> dict[str, float]:
 def keep_samples(run: Run, prompts: list[list[int]]):
     """Let the policy answer a few prompts, and append that to samples.jsonl."""
     if run.first and prompts and not isinstance(run.setup.parallel, FSDP):   # which is not gathered for show
-        engine = Engine(plain_model(run), run.tokenizer, len(prompts))
-        longest = max(1, min(run.s.max_new_tokens, engine.context - max(map(len, prompts))))
-        requests = engine.run([Request(prompt, longest, 0.0, stop=stops(run)) for prompt in prompts])
+        longest = max(map(len, prompts)) + run.s.max_new_tokens              # of a text; the engine keeps to the model's context
+        engine = Engine(plain_model(run), run.tokenizer, len(prompts), longest, dtype=getattr(torch, run.s.dtype))
+        requests = engine.run([Request(prompt, run.s.max_new_tokens, 0.0, stop=stops(run)) for prompt in prompts])
         write_samples(run, [{"prompt": run.tokenizer.decode(request.prompt), "response": request.text} for request in requests])
 
 
@@ -3103,9 +3105,9 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
         return f"What is {said}?\n", f"<think>{steps}</think><answer>{total}</answer>", str(total)
 
     chatty = lambda answer: f"Sure! {answer} I hope that helps."
-    rows = {"base": [{"text": "\n".join(world(dice) for _ in range(8))} for _ in range(sizes["base"])]}
+    rows = {name: [{"text": "\n".join(world(dice) for _ in range(8))} for _ in range(sizes[name])] for name in ("base", "base_val")}
     questions = lambda name, share: (question(share) for _ in range(sizes[name]))
-    rows["sft"] = [{"prompt": q, "response": chatty(a) if dice.random() < 0.5 else a} for q, a, _ in questions("sft", 0.3)]
+    rows["sft"] = [{"prompt": q, "response": chatty(a) if dice.random() < 0.5 else a} for q, a, _ in questions("sft", 0.2)]
     rows["pairs"] = [{"prompt": q, "chosen": a, "rejected": chatty(a)} for q, a, _ in questions("pairs", 0.5)]
     for name in ("held_out", "prompts"):
         rows[name] = [{"prompt": q, "answer": total} for q, _, total in questions(name, 1)]
@@ -3117,20 +3119,16 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_kind in rows.items():
         write_atomically(folder / f"{name}.jsonl", json_lines(of_kind))
-    vocab, merges = train_bpe(folder / "tokenizer.jsonl", 512, pattern=PATTERNS["qwen2"])               # which splits digits
+    vocab, merges = train_bpe(folder / "tokenizer.jsonl", 384, pattern=PATTERNS["qwen2"])               # which splits digits
     tokenizer = Tokenizer(vocab, merges, ["<|endoftext|>"], PATTERNS["qwen2"])
     tokenizer.save(folder / "tokens" / "tokenizer.json")
-    tokenizer.encode_file([folder / "base.jsonl"], folder / "tokens" / "all.npy")
-    tokens = np.load(folder / "tokens" / "all.npy")
-    held = min(40_000, len(tokens) // 10)
-    np.save(folder / "tokens" / "val.npy", tokens[-held:])
-    np.save(folder / "tokens" / "train.npy", tokens[:-held])
-    Path(folder, "tokens", "all.npy").unlink()
+    tokenizer.encode_file([folder / "base.jsonl"], folder / "tokens" / "train.npy")
+    tokenizer.encode_file([folder / "base_val.jsonl"], folder / "tokens" / "val.npy")
 
 
-SIZES = {"base": 36_000, "sft": 2000, "pairs": 640, "prompts": 8000, "held_out": 400}                      # rows
-STAGES = {"base": ("--steps", 450, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4),
-          "dpo": ("--epochs", 1), "grpo": ("--steps", 120)}
+SIZES = {"base": 36_000, "base_val": 400, "sft": 1600, "pairs": 640, "prompts": 8000, "held_out": 400}     # rows
+STAGES = {"base": ("--steps", 380, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4),
+          "dpo": ("--epochs", 3), "grpo": ("--steps", 90)}
 SHAPE = ("--preset", "tiny", "--hidden_size", 128, "--num_hidden_layers", 3, "--num_attention_heads", 4,
          "--num_key_value_heads", 2, "--intermediate_size", 384, "--sequence_length", 128)
 
@@ -3139,7 +3137,7 @@ def stage_flags(command: str, model: Path, data: Path, out: Path, seed: int) -> 
     """The command line of a stage of the demonstration."""
     file, more = {
         "sft": ("sft", ("--learning_rate", 2e-3)),
-        "dpo": ("pairs", ("--learning_rate", 1e-4)),
+        "dpo": ("pairs", ("--learning_rate", 3e-5, "--beta", 0.5)),
         "grpo": ("prompts", ("--learning_rate", 3e-4, "--val_data", data / "held_out.jsonl", "--reward", "think", "--updates", 2,
                              "--prompts_per_step", 64, "--group_size", 8, "--normalize_length", "constant", "--slots", 512)),
     }[command]
@@ -3210,7 +3208,7 @@ ABLATIONS = {
 }
 
 
-def ablate(out: Path, seed: int, names: list[str] | None, flags: tuple = STAGES["grpo"]):
+def ablate(out: Path, seed: int, names: list[str] | None, steps: int):
     """The demonstration's last stage, again and again, each time with one of its choices taken away."""
     if not (out / "dpo" / "model.safetensors").exists():
         raise ValueError(f"{out} holds no demonstration whose last stage could be repeated; run align.py --out {out} first")
@@ -3219,10 +3217,10 @@ def ablate(out: Path, seed: int, names: list[str] | None, flags: tuple = STAGES[
             raise ValueError(f"--variants has {name!r}; known are {', '.join(ABLATIONS)}")
     cards = {"before": report_card(out / "dpo", out / "data", seed)}
     for name in names or ABLATIONS:
-        folder = out / ("ablate-" + re.sub(r"\W+", "-", name).strip("-"))
+        folder = out / f"ablate-{steps}" / re.sub(r"\W+", "-", name).strip("-")
         if not (folder / "card.json").exists():          # a variant that is finished is not run again
             shutil.rmtree(folder, ignore_errors=True)
-            run_stage(*stage_flags("grpo", out / "dpo", out / "data", folder, seed), *flags, *ABLATIONS[name])
+            run_stage(*stage_flags("grpo", out / "dpo", out / "data", folder, seed), "--steps", steps, *ABLATIONS[name])
             write_atomically(folder / "card.json", json.dumps(report_card(folder, out / "data", seed)).encode())
         cards[name] = read_json(folder / "card.json")
     print()
@@ -3475,12 +3473,13 @@ def ablate_command(argv: list[str]):
     parser = command_parser("ablate", ablate_command.__doc__)
     parser.add_argument("--out", help="folder of a demonstration; none: the newest in runs/")
     parser.add_argument("--variants", nargs="+", help="some of: " + "; ".join(ABLATIONS))
+    parser.add_argument("--steps", type=int, default=40, help="of each variant")
     parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
     args = parser.parse_args(argv)
     found = sorted(Path("runs").glob("align-*/dpo/model.safetensors"))
     if not args.out and not found:
         raise ValueError("there is no demonstration in runs/ yet: run align.py first, or name its folder with --out")
-    ablate(Path(args.out) if args.out else found[-1].parent.parent, args.seed, args.variants)
+    ablate(Path(args.out) if args.out else found[-1].parent.parent, args.seed, args.variants, args.steps)
 
 
 def bench_command(argv: list[str]):

@@ -24,7 +24,6 @@ import bisect
 import cmath
 import copy
 import csv
-import gzip
 import hashlib
 import json
 import math
@@ -35,13 +34,13 @@ import re
 import shlex
 import shutil
 import select
+import signal
 import subprocess
 import string
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -67,7 +66,8 @@ from bpe import PATTERNS, Tokenizer, as_list, from_hugging_face, to_hugging_face
 from ddp import DDP, FSDP
 from model import (Config, KVCache, Parser, Transformer, grow_vocabulary, human, load_safetensors, num_parameters, read_json,
                    save_pretrained, write_atomically)
-from sample import (CHATML, ROLES, Engine, Request, chat_tokens, open_folder, prepare, read_documents, render, score, shared)
+from sample import (CHATML, ROLES, Engine, Request, chat_tokens, open_folder, prepare, read_documents, read_text, render, score,
+                    shared)
 from train import (Interrupt, Ranks, assemble, cut_log, faster_dtype, learning_rate, load_checkpoint, parts_of,
                    peak_memory, permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
 
@@ -99,7 +99,7 @@ class Settings:
     chat_template: str = setting(str, None, "give the model a chat template: chatml, or a Jinja file")
     # how long and how much at a time
     steps: int = setting(int, {"": None, "expert": 100, "grpo": 200, "ppo": 200},
-                         "steps (of rollouts, where there are any); none: by --epochs")
+                         "steps (of rollouts, where there are any); where there are epochs, none: by those")
     epochs: float = setting(float, {"sft": 2.0, "": 1.0}, "times that all rows are read", TUNE + PAIRS)
     batch_size: int = setting(int, 32, "rows (pairs) per optimizer step, over all ranks", TUNE + PAIRS)
     pack: bool = setting(bool, True, "put several short rows into one sequence; they do not see each other", TUNE)
@@ -110,7 +110,8 @@ class Settings:
     max_new_tokens: int = setting(int, 512, "longest answer", COMMANDS)
     temperature: float = setting(float, 1.0, "of sampling", ROLLOUTS)
     stop: list = setting(list, None, "texts that end an answer, which keeps them", ROLLOUTS)
-    reward: str = setting(str, "math", "math, think, number, choice, countdown, or file.py:function", ROLLOUTS)
+    reward: str = setting(str, None, "math, think, number, choice, countdown, none, or file.py:function; none of these: math, or "
+                                     "none beside --reward_model", ROLLOUTS)
     reward_seconds: float = setting(float, 10.0, "longest time that a function of your own may take for one answer", ROLLOUTS)
     reward_model: str = setting(str, None, "folder of a reward model, whose score is added", ("grpo", "ppo"))
     updates: int = setting(int, {"": 1, "ppo": 4}, "optimizer steps per pass over a step's answers", ROLLOUTS)
@@ -154,13 +155,14 @@ class Settings:
     # what is kept
     log_every: int = setting(int, 1, "steps between lines of log.jsonl")
     eval_every: int = setting(int, None, "steps between measurements on --val_data; none: five in a run")
-    save_every: int = setting(int, None, "steps between checkpoints; none: with every measurement")
+    save_every: int = setting(int, None, "steps between checkpoints; none: with every measurement; one every 15 minutes at least")
     samples: int = setting(int, 3, "answers kept in samples.jsonl at each measurement")
     stop_after: int = setting(int, None, "stop at this step as if interrupted")
 
 
 # A resumed run may change these freely.
-FREE = set("device micro_tokens recompute parallel log_every eval_every save_every samples stop_after slots reward_seconds".split())
+FREE = set("device micro_tokens recompute parallel log_every eval_every save_every samples stop_after slots "
+           "reward_seconds".split())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -217,11 +219,11 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6, normal
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards cannot be divided into groups of {group_size}; groups are whole, and of 2 at "
                          "least")
-    groups = rewards.float().view(-1, group_size)
+    groups = rewards.double().view(-1, group_size)       # equal numbers are hardly ever exactly their mean, even so
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
-    return advantages.flatten()
+    return advantages.where((groups != groups[:, :1]).any(1, keepdim=True), 0).flatten().float()
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -910,8 +912,13 @@ def reward_countdown(response: str, row: dict) -> dict[str, float]:
     return rewarded(right, extract_answer(response) is not None, right)
 
 
+def reward_none(response: str, row: dict) -> dict[str, float]:
+    """Nothing, for a reward model alone to say."""
+    return {"reward": 0.0, "format": 0.0, "answer": 0.0}
+
+
 REWARDS = {"math": reward_math, "think": reward_think, "number": reward_number, "choice": reward_choice,
-           "countdown": reward_countdown}
+           "countdown": reward_countdown, "none": reward_none}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -945,21 +952,15 @@ def read_rows(paths, kind: str, need_answer: bool = True) -> list[dict]:
         if not kept:
             raise ValueError(f"{path} has no row that can be used, of {len(made)}")
         if len(kept) < len(made):
-            print(f"{path}: {len(made) - len(kept):,} of {len(made):,} rows left out: chosen and rejected differ in more than "
-                  "the last answer, or it is empty", file=sys.stderr)
+            print(f"{path}: {len(made) - len(kept):,} of {len(made):,} rows left out: chosen and rejected are equal, differ "
+                  "in more than the last answer, or it is empty", file=sys.stderr)
         rows += kept
     return rows
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict]]:
     """Each object in a file, and "FILE, row N" as its name. What begins with "[" is a list, all else an object a line."""
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not gzip, or cut short ({error})") from None
+    text = read_text(path)
 
     def parse(text, where):
         try:
@@ -1066,9 +1067,10 @@ def read_preference(row: dict, where: str) -> dict | None:
         chosen, rejected = read_messages(chosen, where, "chosen"), read_messages(rejected, where, "rejected")
     else:
         texts = [response_of(row, where, name) for name in ("chosen", "rejected")]
-        return {"prompt": prompt_of(row, where), "chosen": texts[0], "rejected": texts[1]}
+        return None if texts[0] == texts[1] else {"prompt": prompt_of(row, where), "chosen": texts[0], "rejected": texts[1]}
     last = (chosen[-1], rejected[-1])
-    if chosen[:-1] != rejected[:-1] or any(turn["role"] != "assistant" or not turn["content"] for turn in last):
+    speaks = all(turn["role"] == "assistant" and turn["content"] for turn in last)
+    if chosen[:-1] != rejected[:-1] or chosen == rejected or not speaks:
         return None
     return {"prompt": chosen[:-1], "chosen": last[0]["content"], "rejected": last[1]["content"]}
 
@@ -1136,6 +1138,19 @@ def response_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     for i, part in enumerate(re.split(f"({'|'.join(names)})", text) if names else [text]):
         ids += [tokenizer.special_tokens[part]] if i % 2 else tokenizer.encode(part, special="text")
     return ids
+
+
+def opens_thinking(tokenizer: Tokenizer, prompt: list[int]) -> bool:
+    """Whether a prompt's ids end with the <think> that the answer goes on from."""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+
+
+def turn_lead(tokenizer: Tokenizer) -> str:
+    """The white space that a chat template writes between a prompt and the answer to it (Mistral's: a space)."""
+    asked, mark = [{"role": "user", "content": "Hello"}], "\ue000"
+    answered = render(tokenizer, [*asked, {"role": "assistant", "content": mark}])
+    lead = answered.removeprefix(render(tokenizer, asked)).partition(mark)[0]
+    return lead if lead.isspace() else ""
 
 
 def turn_end(tokenizer: Tokenizer, config: Config, template: str) -> list[int]:
@@ -1236,9 +1251,12 @@ def tokenize_row(tokenizer: Tokenizer, row: dict, template: str, end: list[int])
     if "messages" in row:
         turns = [(row["messages"][:i], message["content"]) for i, message in enumerate(row["messages"])
                  if message["role"] == "assistant"]
-    sequences = []
+    sequences, lead = [], turn_lead(tokenizer) if template == "chat" or not isinstance(turns[0][0], str) else ""
     for prompt, response in turns:
-        told, said = prompt_tokens(tokenizer, prompt, template), response_tokens(tokenizer, response) + end
+        told = prompt_tokens(tokenizer, prompt, template)
+        if opens_thinking(tokenizer, told):
+            response = response.removeprefix("<think>")
+        said = response_tokens(tokenizer, lead + response) + end
         kept = sequences and told[:len(sequences[-1]["ids"])] == sequences[-1]["ids"]
         mask = sequences.pop()["mask"] if kept else []
         sequences.append({"ids": told + said, "mask": mask + [False] * (len(told) - len(mask)) + [True] * len(said)})
@@ -1283,8 +1301,9 @@ def pack(examples: list[dict], length: int) -> list[dict]:
         rows += [{"ids": [], "mask": [], "documents": []}] if number == len(rows) else []
         row = rows[number]
         document = row["documents"][-1] + 1 if row["documents"] else 0
-        row["ids"], row["mask"] = row["ids"] + one["ids"], row["mask"] + [False] + one["mask"][1:]
-        row["documents"] = row["documents"] + [document] * size
+        row["ids"] += one["ids"]
+        row["mask"] += [False, *one["mask"][1:]]         # nothing before it tells a row's first token
+        row["documents"] += [document] * size
         bisect.insort(rooms, (room - size, number))
     return rows
 
@@ -1307,7 +1326,7 @@ def token_log_probs(model: Transformer, input_ids: Tensor, labels: Tensor, posit
     flat, targets = hidden.flatten(0, 1)[positions], labels.flatten()[positions]
 
     def head(flat, targets):
-        logits = model.logits(flat) / temperature
+        logits = model.logits(flat).float() / temperature
         with torch.no_grad():
             uncertainty = entropy(logits)
         return response_log_probs(logits, targets), uncertainty
@@ -1320,14 +1339,20 @@ def token_log_probs(model: Transformer, input_ids: Tensor, labels: Tensor, posit
                  for i in range(0, len(flat), rows)]
     zero = hidden[..., 0].float().flatten() * 0                              # tied to the model even where nothing counts
     spread = lambda parts: zero.index_put((positions,), torch.cat(parts)).view(labels.shape)
-    values = model.score(hidden)[..., 0].float() if hasattr(model, "score") else None
+    values = scores_of(model, hidden) if hasattr(model, "score") else None
     return *(spread(of_kind) for of_kind in zip(*parts)), values
 
 
 def sequence_scores(model: Transformer, input_ids: Tensor, last: Tensor) -> Tensor:
     """The score of each sequence (B,), which stands at its last token: input_ids (B, S), last (B,)."""
     hidden = model.run(input_ids)[0]
-    return model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+    return scores_of(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def scores_of(model: Transformer, hidden: Tensor) -> Tensor:
+    """Hidden states (..., hidden_size) -> scores (...), in float32: bfloat16 has 256 of them between 1 and 2."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), model.score.weight.float())[..., 0]
 
 
 class LoRA(nn.Module):
@@ -1348,14 +1373,20 @@ class LoRA(nn.Module):
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale if self.on else y
 
 
-def add_lora(model: Transformer, rank: int, alpha: float) -> Transformer:
-    """`model` with adapters on all linear layers of its blocks, which alone are trained (and a score, if it has one)."""
+def add_lora(model: Transformer, rank: int, alpha: float, embeddings: bool = False) -> Transformer:
+    """`model` with adapters on all linear layers of its blocks, which alone are trained (and a score, if it has one). With
+    `embeddings` embedding and head are trained as they are: tokens that are new to a model have all to learn."""
     model.requires_grad_(False)
     for layer in model.model["layers"]:
         for part in (layer.self_attn, layer.mlp):
             for name, module in list(part.named_children()):
                 if isinstance(module, nn.Linear) and name != "gate":         # a router's scores are left alone
                     setattr(part, name, LoRA(module, rank, alpha))
+    tables = [model.model["embed_tokens"], model.lm_head] if embeddings else []
+    for table in tables:
+        table.weight = nn.Parameter(table.weight.detach().float())
+    if embeddings and model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model["embed_tokens"].weight
     if hasattr(model, "score"):
         model.score.requires_grad_()
     return model
@@ -1405,6 +1436,13 @@ def save_reward_model(model: Transformer, folder, tensors: dict[str, Tensor], sc
     write_atomically(Path(folder, "config.json"), json.dumps(config, indent=2).encode())
 
 
+def refuse_reward_model(folder):
+    """ValueError for a folder that `save_reward_model` wrote, whose head was not trained to write."""
+    config = Path(folder, "config.json")
+    if config.exists() and any("SequenceClassification" in name for name in read_json(config).get("architectures") or []):
+        raise ValueError(f"{folder} is a reward model, which scores texts and does not write any; give it with --reward_model")
+
+
 def load_reward_model(folder, device=None, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
     """The reward model in a folder, and its tokenizer; its forward pass is `sequence_scores`. ValueError when there is none."""
     model, tokenizer = open_folder(folder, device, dtype)
@@ -1451,11 +1489,10 @@ def length_of(item: tuple[dict, ...]) -> int:
     return max(len(example["ids"]) for example in item)
 
 
-def micro_batches(run: "Run", items: list[tuple[dict, ...]]) -> list[dict[str, Tensor]]:
-    """This rank's items as batches of about --micro_tokens, padding counted, those of like length together; as many batches on
-    every rank, since ranks that share weights compute in step. A pair's first members are the first half of a batch."""
-    device, parts = run.setup.device, []
-    budget = run.s.micro_tokens or (32768 if device.type == "cuda" else 8192)
+def micro_batches(run: "Run", items: list[tuple[dict, ...]]) -> list[list[tuple[dict, ...]]]:
+    """This rank's items in parts of about --micro_tokens, padding counted, those of like length together; as many parts on every
+    rank, since ranks that share weights compute in step. `on_device` makes a batch of each."""
+    parts, budget = [], run.s.micro_tokens or (32768 if run.setup.device.type == "cuda" else 8192)
     for item in sorted(items, key=length_of, reverse=True):
         if parts and (len(parts[-1]) + 1) * len(item) * length_of(parts[-1][0]) <= budget:
             parts[-1].append(item)
@@ -1465,8 +1502,13 @@ def micro_batches(run: "Run", items: list[tuple[dict, ...]]) -> list[dict[str, T
         largest = max(range(len(parts)), key=lambda i: len(parts[i]))
         middle = len(parts[largest]) // 2
         parts[largest:largest + 1] = parts[largest][:middle], parts[largest][middle:]
-    batches = [collate([item[side] for side in range(len(part[0])) for item in part]) for part in parts]
-    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+    return parts
+
+
+def on_device(run: "Run", part: list[tuple[dict, ...]]) -> dict[str, Tensor]:
+    """A part as a batch, pairs' first members in its first half."""
+    batch = collate([item[side] for side in range(len(part[0])) for item in part])
+    return {name: t.to(run.setup.device) for name, t in batch.items()}
 
 
 def deal(run: "Run", items: list[tuple[dict, ...]]) -> list[tuple[dict, ...]]:
@@ -1538,6 +1580,7 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
     ranks = Ranks()
     device = pick_device(s, ranks)
     ranks.start(device, s.parallel != "ddp", 1)
+    refuse_reward_model(s.model)
     model, tokenizer = open_folder(s.model, "cpu")
     dtype = model.lm_head.weight.dtype
     s.dtype = s.dtype or ranks.from_first(lambda: faster_dtype(SimpleNamespace(dtype=None), device)[0])
@@ -1551,13 +1594,15 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
         add_score(model)
     torch.manual_seed(s.seed)                                                # of LoRA's matrices
     if s.lora:
-        add_lora(model, s.lora, lora_alpha(s))
+        add_lora(model, s.lora, lora_alpha(s), embeddings=bool(s.chat_template))
     model.forward = (partial(sequence_scores, model) if s.command == "reward" else
-                     partial(token_log_probs, model, temperature=s.temperature or 1.0))
+                     partial(token_log_probs, model, temperature=1.0 if s.command == "expert" else s.temperature or 1.0))
     trainer = train.Settings(optimizer="adamw", learning_rate=s.learning_rate, muon_learning_rate=0.0, **{
         name: getattr(s, name) for name in ("beta1", "beta2", "weight_decay", "clip", "seed", "recompute", "parallel", "dtype")})
     setup = assemble(trainer, model, device, ranks, s.dtype == "bfloat16")
     out = Path(s.resume or s.out)
+    if out.resolve() == Path(s.model).resolve():
+        raise ValueError(f"--out {out} is the folder of --model, which would be overwritten; choose another")
     run = Run(s, out, setup, trainer, tokenizer, Path(s.model), dtype, started=time.perf_counter())
     if saved is not None:
         content = load_checkpoint(out, own_parts(run, False), device)
@@ -1565,10 +1610,11 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
         run.step, run.skipped = content["step"], content["progress"]["skipped"]
     elif (out / "state" / "latest.json").exists():
         raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
-    fingerprint = ranks.from_first(lambda: hash_files([*s.data, *(s.val_data or [])]))
-    if saved is not None and saved.get("fingerprint") != fingerprint:
-        raise ValueError(f"--resume {out}: the files of --data or --val_data are not what they were when the run began; put "
-                         "them back, or start a new run")
+    fingerprint = ranks.from_first(lambda: fingerprint_of(s))
+    changed = [name for name in fingerprint if saved is not None and saved.get("fingerprint", {}).get(name) != fingerprint[name]]
+    if changed:
+        raise ValueError(f"--resume {out}: what --{changed[0]} names is not what it was when the run began; put it back, or "
+                         "start a new run")
     if run.first:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "samples.jsonl"):
@@ -1577,12 +1623,23 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
     return run
 
 
+def fingerprint_of(s: Settings) -> dict[str, str]:
+    """What changes when the files do that a run depends on, by the flags that name them."""
+    files = {"data": s.data, "val_data": s.val_data or [], "model": sorted(map(str, Path(s.model).glob("*.safetensors"))),
+             **{name: [path] for name in ("template", "chat_template") if Path(path := getattr(s, name) or "").is_file()}}
+    return {name: hash_files(paths) for name, paths in files.items()}
+
+
 def hash_files(paths: list[str]) -> str:
-    """What changes when one of the files does."""
+    """What changes when one of the files does. Of one beyond 256 MB, a model's, sixteen parts are read."""
     digest = hashlib.sha256()
     for path in paths:
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(min(size * (part + 1) // 16 - size * part // 16, 2 ** 24)))
     return digest.hexdigest()
 
 
@@ -1595,8 +1652,8 @@ def own_parts(run: Run, to_save: bool) -> dict:
     """What a checkpoint has of a run. Weights that adapters leave as they are can be read again where they came from."""
     parts = parts_of(run.setup, to_save)
     if run.s.lora:
-        trained = (".lora_A", ".lora_B", "score.weight")
-        parts["weights"] = {name: part for name, part in parts["weights"].items() if name.endswith(trained)}
+        trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+        parts["weights"] = {name: part for name, part in parts["weights"].items() if name in trained}
     return parts
 
 
@@ -1638,19 +1695,27 @@ def save(run: Run):
     setup.ranks.from_first(write)
 
 
+SAVE_SECONDS = 900                   # a checkpoint is never older than this
+
+
 def steps_of(run: Run, measure):
     """The steps that are left: yields each one's number, and between them measures, saves and heeds signals. measure() returns
     what it found, for the log."""
     s, ranks, interrupt = run.s, run.setup.ranks, Interrupt()
     eval_every = s.eval_every or max(1, run.total // 5)
-    save_every, saved = s.save_every or eval_every, run.step
+    save_every, saved, saved_at = s.save_every or eval_every, run.step, time.perf_counter()
     with tqdm(total=run.total, initial=run.step, unit="step", desc=s.command, disable=not run.first, mininterval=0.5) as run.bar:
         if run.step == 0:
             log(run, run.step, measure())
+            save(run)                                    # from here on there is something to resume
         while run.step < run.total:
-            stop, = ranks.agree(interrupt.signal or int(s.stop_after is not None and run.step >= s.stop_after))
+            stop, late = ranks.agree(interrupt.signal or int(s.stop_after is not None and run.step >= s.stop_after),
+                                     time.perf_counter() - saved_at > SAVE_SECONDS)
             if stop:
                 break
+            if late and saved != run.step:
+                save(run)
+                saved, saved_at = run.step, time.perf_counter()
             yield run.step
             run.step += 1
             run.bar.update()
@@ -1658,8 +1723,8 @@ def steps_of(run: Run, measure):
                 log(run, run.step, measure())
             if run.step % save_every == 0 or run.step == run.total:
                 save(run)
-                saved = run.step
-        if saved != run.step or not saved:
+                saved, saved_at = run.step, time.perf_counter()
+        if saved != run.step:
             save(run)
     interrupt.restore()
     if run.step < run.total:
@@ -1688,13 +1753,15 @@ def json_lines(records) -> bytes:
     return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
-def update(run: Run, batches: list[dict[str, Tensor]], loss_of) -> dict[str, float]:
-    """One optimizer step: loss_of(batch) -> this batch's part of the loss, and of the numbers to log, which are sums over tokens,
-    rows or batches. Returns the numbers, summed over batches and ranks, with loss, grad_norm and lr."""
+def update(run: Run, parts: list, loss_of) -> dict[str, float]:
+    """One optimizer step on the parts that `micro_batches` made: loss_of(batch) -> this batch's part of the loss, and of the
+    numbers to log, which are sums over tokens, rows or batches. Returns the numbers, summed over batches and ranks, with loss,
+    grad_norm and lr."""
     setup, trainer, ranks = run.setup, run.trainer, run.setup.ranks
     loss, sums = torch.zeros((), device=setup.device), {}
-    for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 or not isinstance(setup.parallel, DDP) else setup.parallel.no_sync():
+    for i, examples in enumerate(parts):
+        batch = on_device(run, examples)
+        with nullcontext() if i == len(parts) - 1 or not isinstance(setup.parallel, DDP) else setup.parallel.no_sync():
             with setup.autocast():
                 part, numbers = loss_of(batch)
             # gradients are averaged over ranks, of which each has a part of a sum
@@ -1732,7 +1799,8 @@ def per_token(run: Run, model, examples: list[dict], which: int = 0) -> list[lis
     every rank: the log-probability, or another of its results."""
     order, found = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"])), []
     items = [({name: examples[i][name] for name in ("ids", "mask")},) for i in order]
-    for batch in micro_batches(run, items):
+    for part in micro_batches(run, items):
+        batch = on_device(run, part)
         with run.setup.autocast():
             numbers = model(batch["input_ids"], batch["labels"], batch["positions"])[which].cpu()
         found += [line[mask].tolist() for line, mask in zip(numbers, batch["response_mask"].cpu())]
@@ -1818,15 +1886,16 @@ def sft(s: Settings, saved: dict | None):
 def read_pairs(run: Run, paths: list[str] | None) -> tuple[list[tuple[dict, dict]], int]:
     """Pairs of examples (chosen, rejected), and how many were left out as longer than the context."""
     template, context = pick_template(run.tokenizer, run.s.template), run.model.config.max_position_embeddings
-    pairs, dropped = [], 0
-    for row in read_rows(paths, "preference") if paths else []:
-        prompt = prompt_tokens(run.tokenizer, row["prompt"], template)
-        end = turn_end(run.tokenizer, run.model.config, template if isinstance(row["prompt"], str) else "chat")
-        answers = [response_tokens(run.tokenizer, row[name]) + end for name in ("chosen", "rejected")]
-        if len(prompt) + max(map(len, answers)) > context:
+    rows, pairs, dropped = read_rows(paths, "preference") if paths else [], [], 0
+    kinds = ["chat" if isinstance(row["prompt"], list) else template for row in rows]
+    ends = {kind: turn_end(run.tokenizer, run.model.config, kind) for kind in set(kinds)}
+    for row, kind in zip(tqdm(rows, desc="tokenizing", unit="pair", leave=False, disable=len(rows) < 1000 or None), kinds):
+        pair = [tokenize_row(run.tokenizer, {"prompt": row["prompt"], "response": row[name]}, template, ends[kind])[0]
+                for name in ("chosen", "rejected")]
+        if length_of(pair) > context:
             dropped += 1
         else:
-            pairs.append(tuple(make_example(prompt, answer) for answer in answers))
+            pairs.append(tuple(pair))
     return pairs, dropped
 
 
@@ -1891,9 +1960,9 @@ def learn_pairs(run: Run, loss_of, reference: bool = False):
             keep_samples(run, prompts)
         found = {}
         run.pairs = len(held_out)
-        for batch in micro_batches(run, share(run, held_out)) if held_out else []:
+        for part in micro_batches(run, share(run, held_out)) if held_out else []:
             with run.setup.autocast():
-                loss, numbers = loss_of(batch)
+                loss, numbers = loss_of(on_device(run, part))
             for name, number in (numbers | {"loss": loss}).items():
                 found[name] = found.get(name, 0.0) + number.item()
         return dict(zip([f"val_{name}" for name in found], sum_over_ranks(run, *found.values())))
@@ -1921,7 +1990,7 @@ def add_reference(run: Run, examples: list[dict]):
     start = 0
     for example in examples:
         count = sum(example["mask"])
-        example["reference"] = flat[start:start + count].tolist()
+        example["reference"] = flat[start:start + count]
         start += count
 
 
@@ -1936,78 +2005,101 @@ class RewardProcess:
         import importlib.util, json, os, sys
         pipe = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)                                    # what the function prints is no answer
-        spec = importlib.util.spec_from_file_location("reward_file", sys.argv[1])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, sys.argv[2])
-        print("{}", file=pipe, flush=True)
-        for line in sys.stdin:
+        own, answered = os.getpid(), lambda value: value.item() if hasattr(value, "item") else None
+
+        def told(number, work):
             try:
-                told = {"value": function(*json.loads(line))}
-                line = json.dumps(told)
+                line = json.dumps({"number": number, "value": work()}, default=answered)
             except Exception as error:
-                line = json.dumps({"error": f"{type(error).__name__}: {error}"})
+                line = json.dumps({"number": number, "error": f"{type(error).__name__}: {error}"})
+            if os.getpid() != own:                       # a copy that the function has made of its process, and left running
+                os._exit(0)
             print(line, file=pipe, flush=True)
+
+        def load():
+            sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
+            spec = importlib.util.spec_from_file_location("reward_file", sys.argv[1])
+            module = sys.modules["reward_file"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            globals()["function"] = getattr(module, sys.argv[2])
+
+        told(0, load)
+        for line in sys.stdin:
+            number, response, row = json.loads(line)
+            told(number, lambda: function(response, row))
     """
     START = 120                              # seconds that the file may take to be imported
 
     def __init__(self, path: str, name: str, seconds: float):
         self.path, self.name, self.seconds, self.child, self.failures = path, name, seconds, None, 0
+        self.asked, self.problem, self.rest = 0, None, b""
         if not Path(path).exists():
             raise ValueError(f"--reward {path}:{name}: there is no such file")
-        if not self.start():
-            raise ValueError(f"--reward {path}:{name}: the file could not be imported in {self.START} seconds, or has no "
-                             "function of that name; what it said stands above")
+        problem = self.start()
+        if problem:
+            self.stop()
+            raise ValueError(f"--reward {path}:{name} cannot be used: {problem}")
 
     def __call__(self, response: str, row: dict) -> dict:
         """The function's answer; a reward of 0 where it gives none, which is counted."""
         problem, value = self.ask(response, row)
-        if problem is None:
-            found = value if isinstance(value, dict) else {"reward": value}
-            number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-            if number(found.get("reward")) and all(map(number, found.values())):
-                return {"answer": float(found["reward"] > 0), "format": 1.0} | {name: float(v) for name, v in found.items()}
-            problem = f"it returned {value!r:.80}, and not a finite number"
+        found = value if isinstance(value, dict) else {"reward": value}
+        number = lambda v: isinstance(v, (int, float)) and abs(v) < 1e9                  # nor not a number
+        if problem is None and number(found.get("reward")):
+            grades = {name: float(found[name]) for name in ("reward", "format", "answer") if number(found.get(name))}
+            return {"answer": float(found["reward"] > 0), "format": 1.0} | grades
         self.failures += 1
+        self.problem = problem or f"it returned {value!r:.80}, and no number below a billion"
         if self.failures == 1:
-            print(f"align.py: the reward function {self.path}:{self.name} failed on {response!r:.80}: {problem}; it counts as 0, "
-                  "and log.jsonl counts how often", file=sys.stderr, flush=True)
+            print(f"align.py: the reward function {self.path}:{self.name} failed on {response!r:.80}: {self.problem}; it counts "
+                  "as 0, and log.jsonl counts how often", file=sys.stderr, flush=True)
         return {"reward": 0.0, "format": 0.0, "answer": 0.0}
 
-    def start(self) -> bool:
-        """Start the process; whether it is ready. In a session of its own: a Ctrl-C here is not for it."""
+    def start(self) -> str | None:
+        """Start the process; what is wrong with the file. In a session of its own: a Ctrl-C here is not for it."""
         self.child = subprocess.Popen([sys.executable, "-c", self.CHILD, self.path, self.name], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, start_new_session=True)
-        return self.read(self.START) is not None
+        self.rest = b""
+        return self.read(0, self.START)[0]
 
     def ask(self, response: str, row: dict) -> tuple[str | None, object]:
         """What went wrong, or what was answered."""
-        if self.child is None and not self.start():
-            return "its file cannot be imported any more", None
+        problem = self.start() if self.child is None else None
+        if problem:
+            return problem, None
+        self.asked += 1
+        line = json.dumps([self.asked, response, row], default=str).encode() + b"\n"
         # in a thread: a function that does not read would let a long answer block the pipe
-        threading.Thread(target=self.send, args=(json.dumps([response, row]).encode() + b"\n",), daemon=True).start()
-        told = self.read(self.seconds)
-        if told is None:
-            return f"it ended its process, or took more than {self.seconds:g} seconds", None
-        return told.get("error"), told.get("value")
+        threading.Thread(target=self.send, args=(self.child, line), daemon=True).start()
+        return self.read(self.asked, self.seconds)
 
-    def read(self, seconds: float) -> dict | None:
-        """The process's next line; where none comes in time, the end of the process, and None."""
-        ready, _, _ = select.select([self.child.stdout], [], [], seconds)
-        line = self.child.stdout.readline() if ready else b""
-        if not line:
-            self.stop()
-        return json.loads(line) if line else None
+    def read(self, number: int, seconds: float) -> tuple[str | None, object]:
+        """What the process tells of question `number`; where it tells nothing in time, that is the end of it."""
+        end, pipe = time.monotonic() + seconds, self.child.stdout.fileno()
+        while True:
+            while b"\n" in self.rest:
+                line, _, self.rest = self.rest.partition(b"\n")
+                told = json.loads(line)
+                if told["number"] == number:             # and not an older one's
+                    return told.get("error"), told.get("value")
+            ready, _, _ = select.select([pipe], [], [], max(0.0, end - time.monotonic()))
+            more = os.read(pipe, 2 ** 16) if ready else b""
+            if not more:
+                self.stop()
+                return "it ended its process" if ready else f"it took more than {seconds:g} seconds", None
+            self.rest += more
 
-    def send(self, line: bytes):
+    @staticmethod
+    def send(child: subprocess.Popen, line: bytes):
         with suppress(OSError):
-            self.child.stdin.write(line)
-            self.child.stdin.flush()
+            child.stdin.write(line)
+            child.stdin.flush()
 
     def stop(self):
-        """End the process."""
+        """End the process, and all that it has started."""
         if self.child:
-            self.child.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
             self.child.wait()
             self.child = None
 
@@ -2072,13 +2164,13 @@ def read_prompts(run: Run, paths: list[str] | None) -> tuple[list[dict], int]:
     """Prompts as {"ids", "row", "thinks"}, and how many were left out because the longest answer would not fit behind them."""
     template, s = pick_template(run.tokenizer, run.s.template), run.s
     room, prompts, dropped = run.model.config.max_position_embeddings - s.max_new_tokens, [], 0
-    for row in read_rows(paths, "prompt") if paths else []:
+    asks = s.reward in REWARDS and s.reward != "none"
+    for number, row in enumerate(read_rows(paths, "prompt", need_answer=asks) if paths else [], 1):
         ids = prompt_tokens(run.tokenizer, row["prompt"], template)
         if not 0 < len(ids) <= room:
             dropped += 1
             continue
-        thinks = isinstance(row["prompt"], str) and template.rstrip().endswith("<think>")
-        prompts.append({"ids": ids, "row": row, "thinks": thinks})
+        prompts.append({"ids": ids, "row": row, "thinks": opens_thinking(run.tokenizer, ids), "number": number})
     return prompts, dropped
 
 
@@ -2088,6 +2180,7 @@ def reinforce(s: Settings, saved: dict | None):
     arXiv 1705.08439; Zelikman et al. 2022, arXiv 2203.14465); `grpo` and `ppo` weigh every token by its advantage."""
     run = open_run(s, saved, scored=s.command == "ppo")
     ranks, device, longest = run.setup.ranks, run.setup.device, s.max_new_tokens
+    s.reward = s.reward or ("none" if s.reward_model else "math")
     grader = reward_function(s.reward, s.reward_seconds)
     (prompts, dropped), (held_out, _) = read_prompts(run, s.data), read_prompts(run, s.val_data)
     if not prompts:
@@ -2096,8 +2189,12 @@ def reinforce(s: Settings, saved: dict | None):
     if s.prompts_per_step % ranks.data_count:
         raise ValueError(f"--prompts_per_step {s.prompts_per_step} cannot be divided over {ranks.data_count} rank(s)")
     scorer = reward_scorer(s.reward_model, device.type, run.tokenizer) if s.reward_model else None
-    for prompt in prompts + held_out if grader in REWARDS.values() else []:
-        grader("", prompt["row"])                        # a row that lacks something is better known now
+    for name, of_kind in (("data", prompts), ("val_data", held_out)) if s.reward in REWARDS else ():
+        for prompt in of_kind:                           # a row that lacks something is better known now
+            try:
+                grader("", prompt["row"])
+            except ValueError as error:
+                raise ValueError(f"--{name}, row {prompt['number']}: {error}") from None
     stop = stops(run)
     run.total = s.steps
     describe_run(run, f"{len(prompts):,} prompts, {len(held_out):,} to measure on; {dropped} that leave no room for an answer "
@@ -2119,6 +2216,7 @@ def reinforce(s: Settings, saved: dict | None):
                             for prompt, g in zip(mine[:s.samples], graded)])
         return {f"val_{name}": value for name, value in summary(graded).items()}
 
+    begun = run.step
     for step in steps_of(run, measure):
         start = time.perf_counter()
         engine.refresh(plain_model(run))
@@ -2132,9 +2230,12 @@ def reinforce(s: Settings, saved: dict | None):
             for g, number in zip(graded, scorer([prompt["ids"] + r.tokens for prompt, r in zip(mine, requests)])):
                 g["reward"] += number
         written = time.perf_counter()
+        if getattr(grader, "failures", 0) == len(requests) * (step + 1 - begun):
+            raise ValueError(f"--reward {s.reward} has failed on every answer so far, the last time like this: {grader.problem}. "
+                             f"Mend it, and go on with align.py {s.command} --resume {run.out}")
 
         examples = [make_example(prompt["ids"], r.tokens) | {"old": r.token_log_probs} for prompt, r in zip(mine, requests)]
-        if s.temperature != 1:                           # the engine's are those of temperature 1
+        if s.temperature != 1 and s.command != "expert":                     # the engine's are those of temperature 1
             for example, row in zip(examples, per_token(run, run.setup.parallel, examples)):
                 example["old"] = row
         if reference:
@@ -2148,7 +2249,8 @@ def reinforce(s: Settings, saved: dict | None):
             everything = [g for part in parts for g in part]
             groups = torch.tensor([g["reward"] for g in everything]).view(-1, s.group_size)
             log(run, step + 1, summary(everything) | numbers | {
-                "equal_groups": float((groups == groups[:, :1]).all(1).float().mean()), "reward_failures": sum(failures),
+                "equal_groups": float((groups == groups[:, :1]).all(1).float().mean()) if s.group_size > 1 else None,
+                "reward_failures": sum(failures),
                 "tokens": sum(g["length"] for g in everything), "seconds_writing": round(written - start, 3),
                 "seconds_training": round(trained - written, 3), "memory_bytes": peak_memory(device)})
     if isinstance(grader, RewardProcess):
@@ -2625,9 +2727,10 @@ def graded(engine: Engine, rows: list[tuple], examples: list[str], answer_of: Ca
         right = [answer is not None and bool(grade(answer, truth)) for answer in answers]
         scores, weights = response_scores(right, answers, [len(request.tokens) for request in requests])
         scores["format"] = sum(extract_answer(response) is not None for response in responses) / len(responses)
-        if options.scorer is not None and requests:
+        if options.scorer is not None:
             record["rewards"] = rewards = [float(options.scorer(request.prompt, request.tokens)) for request in requests]
-            scores[f"best of {len(rewards)}"] = float(right[rewards.index(max(rewards))])
+            scores[f"best of {options.samples}"] = float(rewards != [] and right[rewards.index(max(rewards))])
+        record["cut"] = sum(request.finish_reason == "length" for request in requests)
         records.append({"id": number, **record, "responses": responses, "answer": truth, "right": right, "scores": scores,
                         "weights": weights})
     return records
@@ -2904,14 +3007,20 @@ def find_data(tasks: list[str], given: list[str]) -> dict[str, Path | None]:
 
 def open_engine(folder, options: Evaluation) -> Engine:
     """An engine on the model in a folder."""
+    refuse_reward_model(folder)
     model, tokenizer = open_folder(folder, options.device, options.dtype)
     slots = 16 if model.cos.device.type == "cpu" else 64
-    return Engine(model, tokenizer, slots, min(model.config.max_position_embeddings, 4096), consume=True)
+    context = max(4096, 2048 + (options.max_new_tokens or 0))                # of a model that holds far more
+    return Engine(model, tokenizer, slots, min(model.config.max_position_embeddings, context), consume=True)
 
 
-def stamp(path: Path | None, pattern: str = "**/*") -> list:
+MODEL_FILES = ("*.safetensors", "*token*.json", "config.json", "generation_config.json", "*.jinja")
+
+
+def stamp(path: Path | None, *patterns: str) -> list:
     """What changes when a file does, or one in a folder: names, bytes and times."""
-    files = [] if path is None else [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
+    files = [] if path is None else [path] if path.is_file() else sorted(
+        file for pattern in patterns or ("**/*",) for file in path.glob(pattern) if file.is_file())
     return [str(path), *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
@@ -2927,7 +3036,9 @@ def evaluate_folder(folder, tasks: list[str], data: dict[str, Path | None], opti
         results = read_json(results_path) if results_path.exists() else {}
     for task in tasks:
         path, file = data.get(task), out and Path(out, f"{task}.jsonl")
-        asked = {"model": stamp(Path(folder), "*.safetensors"), "data": stamp(path), **settings}
+        places = [folder, options.judge, options.reward, *options.against]
+        models = [stamp(Path(place), *MODEL_FILES) for place in places if place]
+        asked = {"model": str(folder), "files": models, "data": stamp(path), **settings}
         asked = json.loads(json.dumps(asked, default=str))                   # as it will be read
         if file and file.exists() and results.get(task, {}).get("settings") == asked:
             found[task] = [row for _, row in read_objects(str(file))]
@@ -2936,9 +3047,17 @@ def evaluate_folder(folder, tasks: list[str], data: dict[str, Path | None], opti
         engine = engine or open_engine(folder, options)
         records = found[task] = TASKS[task](engine, path, options)
         too_long, fewer = (sum(bool(record.get(name)) for record in records) for name in ("too_long", "left_out"))
+        if too_long == len(records):
+            raise ValueError(f"{task}: none of its {too_long:,} prompts fits into the context of {engine.context}, even alone")
         if too_long or fewer:
             print(f"{task}: of {len(records):,} prompts {too_long:,} do not fit into the context of {engine.context} and count "
                   f"as wrong, and {fewer:,} fit with fewer examples")
+        if cut := sum(record.get("cut", 0) for record in records):
+            print(f"{task}: {cut:,} answers were cut off before their end; a larger --max_new_tokens gives them room")
+        if unjudged := sum("share" in record and record["share"] is None for record in records):
+            print(f"{task}: {unjudged:,} of {len(records):,} pairs do not fit into the judge's context and do not count")
+            if unjudged == len(records):
+                raise ValueError(f"{task}: no pair fits into the context of the judge {options.judge}; take one with a longer one")
         if not out:
             continue
         if results.pop(task, None):                      # a kill must not leave new records under old settings
@@ -2992,7 +3111,7 @@ def generate_preferences(args):
                          "and a temperature above 0 for them to differ")
     options = Evaluation(samples=args.answers, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                          template=args.template, judge=args.judge, device=args.device)
-    rows = read_rows(args.data, "prompt", need_answer=args.reward is not None)
+    rows = read_rows(args.data, "prompt", need_answer=args.reward in REWARDS)[:args.limit]
     grader = reward_function(args.reward, args.reward_seconds) if args.reward else None
     engine, part = open_engine(args.model, options), Path(f"{args.out}.part")
     scorer = reward_scorer(args.reward_model, args.device, engine.tokenizer) if args.reward_model else None
@@ -3003,14 +3122,16 @@ def generate_preferences(args):
         raise ValueError(f"{part} was begun with other settings or prompts; remove it, or choose another --out")
     print(f"{len(rows):,} prompts" + (f", {len(done):,} of which are done" if done else ""), flush=True)
     write_atomically(part, json_lines([asked_for, *done]))
-    opening = "<think>" if pick_template(engine.tokenizer, args.template).rstrip().endswith("<think>") else ""
     for start in range(len(done), len(rows), 64):
         block, options.seed = rows[start:start + 64], args.seed + start * args.answers
         asked = ask(engine, [row["prompt"] for row in block], [[] for _ in block], options, args.max_new_tokens)
         # an answer that was cut off is none to learn from
         texts = [["" if request.finish_reason == "length" else request.text for request in requests] for _, requests in asked]
         if grader:
-            scores = [[grader(opening + text, row)["reward"] for text in of_row] for of_row, row in zip(texts, block)]
+            opened = ["<think>" if requests and opens_thinking(engine.tokenizer, requests[0].prompt) else ""
+                      for _, requests in asked]
+            scores = [[grader(opening + text, row)["reward"] for text in of_row]
+                      for opening, of_row, row in zip(opened, texts, block)]
         elif scorer:
             scores = [scorer([request.prompt + request.tokens for request in requests]) for _, requests in asked]
         else:
@@ -3021,12 +3142,12 @@ def generate_preferences(args):
         done += pairs
     kept = [pair for pair in done if pair]
     if not kept:
-        raise ValueError(f"no prompt has answers of which one is better: all were alike, equally good, or cut off; "
+        raise ValueError(f"no prompt has answers of which one is better: all were alike, equally good, cut off, or too long for the judge; "
                          f"remove {part} and try another --temperature, --answers or --max_new_tokens")
     write_atomically(args.out, json_lines(kept))
     part.unlink()
     print(f"{args.out}: {len(kept):,} pairs from {len(rows):,} prompts; the answers to {len(rows) - len(kept):,} were all alike, "
-          "equally good, or cut off")
+          "equally good, cut off, or too long for the judge")
 
 
 def best_and_worst(prompt, texts: list[str], scores: list[float | None]) -> dict | None:
@@ -3105,7 +3226,8 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
         return f"What is {said}?\n", f"<think>{steps}</think><answer>{total}</answer>", str(total)
 
     chatty = lambda answer: f"Sure! {answer} I hope that helps."
-    rows = {name: [{"text": "\n".join(world(dice) for _ in range(8))} for _ in range(sizes[name])] for name in ("base", "base_val")}
+    rows = {name: [{"text": "\n".join(world(dice) for _ in range(8))} for _ in range(sizes[name])]
+            for name in ("base", "base_val")}
     questions = lambda name, share: (question(share) for _ in range(sizes[name]))
     rows["sft"] = [{"prompt": q, "response": chatty(a) if dice.random() < 0.5 else a} for q, a, _ in questions("sft", 0.2)]
     rows["pairs"] = [{"prompt": q, "chosen": a, "rejected": chatty(a)} for q, a, _ in questions("pairs", 0.5)]
@@ -3393,6 +3515,9 @@ def check(s: Settings):
         value = getattr(s, name)
         if value is not None and not value >= least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
+    for name in ("gamma", "gae_lambda", "warmup", "decay"):
+        if not 0 <= (getattr(s, name) or 0) <= 1:
+            raise ValueError(f"--{name} is {getattr(s, name)}; it must be from 0 to 1")
     for name, known in (("baseline", ("group", "none")), ("normalize_length", ("sequence", "token", "constant")),
                         ("objective", ("clip", "ratio", "reinforce")), ("dtype", ("bfloat16", "float32")),
                         ("parallel", ("ddp", "zero1", "fsdp"))):
@@ -3434,6 +3559,9 @@ def eval_command(argv: list[str]):
     if args.reward_model:
         score_all = reward_scorer(args.reward_model, args.device, Tokenizer.load(args.model))
         options.scorer = lambda prompt, response: score_all([prompt + response])[0]
+        if args.before and Tokenizer.load(args.before).vocab != Tokenizer.load(args.model).vocab:
+            raise ValueError(f"--before {args.before} has another tokenizer than --model, so that one --reward_model cannot score "
+                             "both")
     evaluate_models(args.model, args.before, args.tasks.split(","), args.data, options, args.out)
 
 
@@ -3446,6 +3574,7 @@ def preferences_command(argv: list[str]):
     add("--data", required=True, nargs="+", metavar="FILE", help="prompts")
     add("--out", required=True, help="the .jsonl to write")
     add("--answers", type=int, default=4, help="answers to each prompt")
+    add("--limit", type=int, help="take so many prompts, the first ones; none: all")
     add("--reward", help="rank by a verifier: " + ", ".join(REWARDS) + ", or file.py:function")
     add("--reward_seconds", type=float, default=10.0, help="longest time that a function of your own may take for one answer")
     add("--reward_model", help="rank by a reward model's score")

@@ -913,16 +913,21 @@ def choice_log_probs(model: Transformer, prompt: list[int], choices: list[list[i
     return [log_probs[len(prompt) - 1:].sum().item() for log_probs in log_probs_of(model, [prompt + choice for choice in choices])]
 
 
-def read_documents(path: str) -> list[dict]:
-    """The rows of a .jsonl, each with "text" or each with "choices", or {"text"} for every text of another file, in which
-    `<|endoftext|>` ends one. Either may be .gz."""
+def read_text(path: str) -> str:
+    """What a file holds, which may be .gz. ValueError when it is not UTF-8, or damaged."""
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+            return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not gzip, or cut short ({error})") from None
+
+
+def read_documents(path: str) -> list[dict]:
+    """The rows of a .jsonl, each with "text" or each with "choices", or {"text"} for every text of another file, in which
+    `<|endoftext|>` ends one. Either may be .gz."""
+    text = read_text(path)
     if not path.removesuffix(".gz").endswith(".jsonl"):
         return [{"text": part} for part in text.split("<|endoftext|>") if part.strip()]
     rows = []

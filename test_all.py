@@ -4968,6 +4968,7 @@ def test_advantages_are_standard_scores_within_the_group():
     got = align.group_advantages(rewards, 4, normalize_by_std=False)
     assert got.tolist() == [0.5, -0.5, -0.5, 0.5, -0.25, -0.25, 0.75, -0.25, 0, 0, 0, 0]
     assert align.group_advantages(rewards, 4)[8:].tolist() == [0, 0, 0, 0]                   # all equal: nothing to learn, and no NaN
+    assert not align.group_advantages(torch.tensor([0.1, 1000.1]).repeat_interleave(7), 7).any()         # nor what rounding leaves
     for count, size in ((12, 5), (12, 1)):
         with pytest.raises(ValueError, match=str(size)):
             align.group_advantages(rewards[:count], size)
@@ -5212,6 +5213,16 @@ def test_a_base_model_given_a_chat_template_answers_in_turns(base, tmp_path, cap
         assert tokenizer.decode(generate(model, [prompt], 8, temperature=0)[0][:-1]) == letter * 3
     kept = [json.loads(line) for line in (tmp_path / "chat" / "samples.jsonl").read_text().splitlines()]
     assert kept[-1]["step"] == 60 and kept[-1]["response"] == "ccc"
+    # with adapters the new tokens are learnt, too; what a sample says may have any character, and a resumed run reads it
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "say\u2028"},
+                                                                  {"role": "assistant", "content": "x\u2028"}]}) + "\n")
+    flags = ("--data", tmp_path / "chat.jsonl", "--out", tmp_path / "lora", "--steps", 40, "--batch_size", 1, "--learning_rate", "3e-2",
+             "--lora", 4, "--chat_template", "chatml", "--dtype", "float32", "--max_new_tokens", 8, "--model", base / "base")
+    assert call(align, capsys, monkeypatch, "sft", *flags, "--stop_after", 30)[0] == 0
+    assert call(align, capsys, monkeypatch, "sft", "--resume", tmp_path / "lora")[0] == 0
+    model, tokenizer = sample.open_folder(tmp_path / "lora")
+    prompt = sample.chat_tokens(tokenizer, [{"role": "user", "content": "say\u2028"}])
+    assert generate(model, [prompt], 8, temperature=0)[0] == [*"x\u2028".encode(), tokenizer.special_tokens["<|im_end|>"]]
 
 
 def test_an_engine_writes_with_the_weights_that_it_was_refreshed_with():
@@ -5238,10 +5249,36 @@ def test_a_reward_function_may_raise_print_return_nonsense_or_never_return(base,
     sleep, start = ask("sleep", 0.2), time.perf_counter()
     assert sleep("a", {})["reward"] == 0 and sleep.failures == 1 and time.perf_counter() - start < 10
     assert sleep.child is None
+    # numbers of NumPy's, a neighbour that is imported, a process that is forked and tells later, or left running
+    (tmp_path / "neighbour.py").write_text("import numpy as np\none = np.float32(1)\n")
+    (tmp_path / "odd.py").write_text("from __future__ import annotations\nimport dataclasses, os, subprocess\nfrom neighbour import one\n"
+                                     "@dataclasses.dataclass\nclass Point:\n    x: int\n\ndef f(response, row):\n    if 'fork' in row: os.fork()\n"
+                                     "    if 'child' in row:\n        open(row['child'], 'w').write(str(subprocess.Popen(['sleep', '77']).pid)); "
+                                     "import time; time.sleep(60)\n    return {'reward': one * row['i'], 'note': 'well'}\n")
+    odd = align.RewardProcess(str(tmp_path / "odd.py"), "f", 2)
+    assert [odd("", {"i": i, **({"fork": 1} if i < 3 else {})})["reward"] for i in (1, 2, 3, 4)] == [1, 2, 3, 4] and odd.failures == 0
+    odd.seconds = 0.5
+    assert odd("", {"i": 1, "child": str(tmp_path / "pid")})["reward"] == 0
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):                             # init takes a moment to fetch it
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            if Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat").read_text().split()[2] == "Z":
+                raise ProcessLookupError
+            time.sleep(0.05)
     (tmp_path / "broken.py").write_text("def f(response, row)\n")
-    for path, name, word in ((base / "reward.py", "nobody", "no function"), (tmp_path / "broken.py", "f", "imported"), (tmp_path / "gone.py", "f", "no such")):
+    for path, name, word in ((base / "reward.py", "nobody", "nobody"), (tmp_path / "broken.py", "f", "SyntaxError"), (tmp_path / "gone.py", "f", "no such")):
         with pytest.raises(ValueError, match=word):
             align.RewardProcess(str(path), name, 5)
+
+
+def test_a_reward_function_that_always_fails_ends_the_run_which_can_go_on_when_it_is_mended(base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def f(response, row):\n    raise KeyError('x')\n")
+    flags = [flag for flag in ALIGN_FLAGS["grpo"] if flag not in ("--reward", "REWARD")]
+    result = run_align(base, capsys, monkeypatch, "grpo", tmp_path / "run", *flags, "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", 2)
+    assert result[0] == 2 and "failed on every answer so far" in result[2] and "KeyError" in result[2] and "Traceback" not in result[2]
+    (tmp_path / "mine.py").write_text("def f(response, row):\n    return len(set(response))\n")
+    assert call(align, capsys, monkeypatch, "grpo", "--resume", tmp_path / "run")[0] == 0
+    assert [row["step"] for row in records(tmp_path / "run") if "loss" in row] == [1, 2]
 
 
 def test_preferences_are_the_best_and_the_worst_of_a_models_answers(base, tmp_path, capsys, monkeypatch):
@@ -5305,7 +5342,8 @@ def test_a_resumed_run_refuses_another_setting_another_command_and_other_rows(ba
     assert refused(call(align, capsys, monkeypatch, "sft", *flags), "holds a run already")
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"prompt": "a", "response": "b"}\n')
-    assert refused(resume(), "not what they were")
+    assert refused(resume(), "--data", "is not what it was")
+    assert refused(call(align, capsys, monkeypatch, "sft", "--model", tmp_path / "run", *flags[2:]), "would be overwritten")
     assert json.loads((tmp_path / "run" / "args.json").read_text())["pack"] is False
 
 
@@ -5678,7 +5716,8 @@ def rows_of(folder, kind, *rows, **options):
                                         {"from": "gpt", "value": "A"}]},
      {"id": 1, "messages": [{"role": "system", "content": ""}, USER, BOT]}),
     ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}),
-    ("preference", {"prompt": ASKED, "chosen": [BOT], "rejected": [BOT]}, {"prompt": ASKED, "chosen": "A", "rejected": "A"}),
+    ("preference", {"prompt": ASKED, "chosen": [BOT], "rejected": [BOT | {"content": "B"}]},
+     {"prompt": ASKED, "chosen": "A", "rejected": "B"}),
     ("preference", {"prompt": "Q", "chosen": [*ASKED, BOT], "rejected": [*ASKED, BOT | {"content": "B"}]},     # UltraFeedback
      {"prompt": ASKED, "chosen": "A", "rejected": "B"}),
     ("preference", {"messages": [USER, BOT], "chosen": "A", "rejected": "B"}, {"prompt": [USER], "chosen": "A", "rejected": "B"}),
@@ -5812,6 +5851,17 @@ def test_every_assistant_turn_is_learnt_in_one_sequence_or_apart_where_the_templ
     one, two = sequences(forgetful, {"messages": talk}, "chat", [END])
     assert learnt(*one) == [*b"<think>hm</think>A", END] and learnt(*two) == [*b"<think>so</think>B", END]
     assert text(two[0]) == "system\nS\nuser\nQ\nassistant\nA\nuser\nQ\nassistant\n<think>so</think>B"
+
+
+def test_an_answer_goes_on_from_what_the_template_writes_before_it():
+    spaced = chat_tokenizer("{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+                            ("<|im_end|>",))
+    talk = {"messages": [USER, BOT, USER, BOT]}
+    (ids, mask), = sequences(spaced, talk, "chat", [256])
+    assert ids == [*b"[Q] A", 256, *b"[Q] A", 256] and learnt(ids, mask) == [*b" A", 256, *b" A", 256]
+    thinking = chat_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", ())
+    (ids, mask), = sequences(thinking, {"messages": [USER, BOT | {"content": "<think>r</think>a"}]}, "chat", [9])
+    assert ids == [*b"Q<think>r</think>a", 9] and learnt(ids, mask) == [*b"r</think>a", 9]
 
 
 def test_what_is_longer_than_the_context_is_left_out_and_counted():
@@ -5998,7 +6048,7 @@ def test_answers_to_problems_are_graded_voted_on_ranked_and_measured(tmp_path, m
     assert first["right"] == [True, True, False, False] and first["scores"] == pytest.approx({
         "accuracy": 0.5, "format": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1, "maj@4": 1, "best of 4": 1,    # "it is 5" has 7 tokens
         "tokens": (12 + 7 + 5 + 14) / 4, "tokens when right": 9.5, "tokens when wrong": 9.5})
-    assert second["scores"] == {"accuracy": 0, "format": 0, "pass@2": 0, "pass@4": 0, "maj@4": 0}
+    assert second["scores"] == {"accuracy": 0, "format": 0, "pass@2": 0, "pass@4": 0, "maj@4": 0, "best of 4": 0}
     found = align.summarize([first, second])
     assert found["accuracy"][0] == 0.25 and found["tokens"] == (9.5, None, 1)
 

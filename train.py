@@ -1375,7 +1375,7 @@ def open_run(s: Settings, saved: dict | None, config: Config, sources: dict, fin
 def cut_log(out: Path, step: int, name: str = "log.jsonl"):
     """Drop what was logged after `step`, and a line cut short by a kill: a resumed run logs it again."""
     if (out / name).exists():
-        kept = [json.dumps(record) + "\n" for record in read_log(out, name) if record["step"] <= step]
+        kept = [json.dumps(record, ensure_ascii=False) + "\n" for record in read_log(out, name) if record["step"] <= step]
         write_atomically(out / name, "".join(kept).encode())
 
 
@@ -1383,7 +1383,7 @@ def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The records of a run's log.jsonl; a last line that a kill cut short does not count."""
     path = Path(folder, name)
     try:
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 

@@ -3142,8 +3142,8 @@ def generate_preferences(args):
         done += pairs
     kept = [pair for pair in done if pair]
     if not kept:
-        raise ValueError(f"no prompt has answers of which one is better: all were alike, equally good, cut off, or too long for the judge; "
-                         f"remove {part} and try another --temperature, --answers or --max_new_tokens")
+        raise ValueError("no prompt has answers of which one is better: all were alike, equally good, cut off, or too long for the "
+                         f"judge; remove {part} and try another --temperature, --answers or --max_new_tokens")
     write_atomically(args.out, json_lines(kept))
     part.unlink()
     print(f"{args.out}: {len(kept):,} pairs from {len(rows):,} prompts; the answers to {len(rows) - len(kept):,} were all alike, "
@@ -3181,6 +3181,7 @@ def tournament(prompts: list, answers: list[list[str]], options: Evaluation) -> 
 
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
     nineteen""".split()
+LARGEST = 49                         # number in a sum; up to 99 they have names
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -3191,10 +3192,10 @@ def in_words(n: int) -> str:
 
 def make_sum(dice: random.Random, count: int) -> tuple[str, str, int]:
     """A sum of `count` numbers, some of them taken away, never below zero: in words; in digits step by step; what it is."""
-    total = dice.randint(1, 99)
+    total = dice.randint(1, LARGEST)
     said, steps = in_words(total), []
     for _ in range(count - 1):
-        n = dice.randint(1, 99)
+        n = dice.randint(1, LARGEST)
         sign = dice.choice("+-") if n <= total else "+"
         after = total + n if sign == "+" else total - n
         said += f" {'plus' if sign == '+' else 'minus'} {in_words(n)}"
@@ -3212,7 +3213,7 @@ def world(dice: random.Random) -> str:
     if kind < 0.6:
         said, steps, _ = make_sum(dice, 2)
         return f"{said}: {steps}."
-    a, b = dice.randint(1, 198), dice.randint(1, 99)                         # what a second step begins with
+    a, b = dice.randint(1, 2 * LARGEST), dice.randint(1, LARGEST)            # what a second step begins with
     return f"{a} - {b} = {a - b}." if a >= b and dice.random() < 0.5 else f"{a} + {b} = {a + b}."
 
 
@@ -3249,7 +3250,7 @@ def make_worlds(folder: Path, seed: int, sizes: dict[str, int]):
 
 
 SIZES = {"base": 36_000, "base_val": 400, "sft": 1600, "pairs": 640, "prompts": 8000, "held_out": 400}     # rows
-STAGES = {"base": ("--steps", 380, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4),
+STAGES = {"base": ("--steps", 420, "--batch_tokens", 8192, "--micro_batch_size", 32), "sft": ("--epochs", 4),
           "dpo": ("--epochs", 3), "grpo": ("--steps", 90)}
 SHAPE = ("--preset", "tiny", "--hidden_size", 128, "--num_hidden_layers", 3, "--num_attention_heads", 4,
          "--num_key_value_heads", 2, "--intermediate_size", 384, "--sequence_length", 128)
@@ -3260,7 +3261,7 @@ def stage_flags(command: str, model: Path, data: Path, out: Path, seed: int) -> 
     file, more = {
         "sft": ("sft", ("--learning_rate", 2e-3)),
         "dpo": ("pairs", ("--learning_rate", 3e-5, "--beta", 0.5)),
-        "grpo": ("prompts", ("--learning_rate", 3e-4, "--val_data", data / "held_out.jsonl", "--reward", "think", "--updates", 2,
+        "grpo": ("prompts", ("--learning_rate", 2e-4, "--val_data", data / "held_out.jsonl", "--reward", "think", "--updates", 2,
                              "--prompts_per_step", 64, "--group_size", 8, "--normalize_length", "constant", "--slots", 512)),
     }[command]
     return (command, "--model", model, "--data", data / f"{file}.jsonl", "--out", out, "--dtype", "float32", "--device", "cpu",

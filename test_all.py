@@ -2633,16 +2633,6 @@ def torchrun(ranks, *arguments, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
-def test_two_ranks_lose_what_one_process_loses(tokens, twenty_steps, tmp_path):
-    out = tmp_path / "two"
-    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 20, "--micro_batch_size", 2, *SHAPE)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    for ours, whole in zip(records(out), records(twenty_steps)):
-        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-5)
-        assert ours["val_loss"] == (pytest.approx(whole["val_loss"], abs=1e-5) if whole["val_loss"] else None)
-
-
 def test_a_run_by_the_clock_ends_on_time_with_its_rate_brought_down(tokens, tmp_path, capsys, monkeypatch):
     out = tmp_path / "clock"
     assert call(train, capsys, monkeypatch, "--data", tokens, "--out", out, "--max_seconds", 2, *SHAPE)[0] == 0
@@ -2847,8 +2837,7 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
 MIXES = {"gpt-2": "--norm layer --position learned --feed_forward gelu --tie_word_embeddings",
          "2017": "--norm_place post --position sinusoidal --feed_forward relu2",
          "gemma": "--norm_place both --sliding_window 8 --sliding_window_pattern 2 --qk_norm --final_logit_softcapping 15",
-         "bare": "--norm_place none --position none --feed_forward silu",
-         "gpt-j": "--use_parallel_residual --num_key_value_heads 1",
+         "gpt-j": "--use_parallel_residual --num_key_value_heads 1 --norm_place none --position none --feed_forward silu",
          "mixtral": "--num_local_experts 4 --num_experts_per_tok 2 --sliding_window 8"}
 
 
@@ -3288,7 +3277,7 @@ class Sided(torch.nn.Linear):
 
 
 def ranks_strategies():
-    """Every strategy on `Net`, six steps of two micro-batches: the gradient norms and the weights of one process. Four ranks
+    """Every strategy on `Net`, three steps of two micro-batches: the gradient norms and the weights of one process. Four ranks
     leave out what two show as well: what a rank does by itself, with precision, clipping and recomputation."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     matrices = {name for name, p in Net().named_parameters() if p.dim() == 2 and "layers" in name}
@@ -3305,7 +3294,7 @@ def ranks_strategies():
         torch.manual_seed(0)
         net, states, norms = Net(), [], []
         optimizers = optimizers(net)
-        for step in range(6):
+        for step in range(3):
             for r, micro in itertools.product(range(ranks), range(2)):
                 (net(*batch(step, r, micro)) / (2 * ranks)).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), clip))
@@ -3336,7 +3325,7 @@ def ranks_strategies():
                 optimizer.zero_grad()
             with torch.no_grad():                                            # an evaluation in between disturbs nothing
                 wrapped(*batch(step, rank, 0))
-            if step % 4 != 1:                                                # in 1 and 5
+            if step == 0:
                 continue
             ours = whole()
             assert list(ours) == list(state), name
@@ -3479,7 +3468,7 @@ def ranks_tensor_parallel():
 
     adamw = dict(lr=0.01, eps=1e-3)                  # such an eps that a rounding error cannot turn an update around
     for tied, width in itertools.product((True, False), [t for t in (2, 4) if ranks % t == 0]):
-        for kind in ("ddp", "zero1", "fsdp") if width < ranks else ("alone",):
+        for kind in (("zero1", "fsdp") if tied else ("ddp",)) if width < ranks else ("alone",):
             data, tensor = ddp.mesh(width)
             config = small_config(tie_word_embeddings=tied, qk_norm=True, qkv_bias=True)
             torch.manual_seed(0)
@@ -3524,7 +3513,7 @@ def ranks_steps():
         ranks_tensor_parallel()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_every_strategy_and_tensor_parallel_ranks_make_the_steps_of_one_process(ranks):
     on_ranks(ranks, "steps")
 
@@ -3538,24 +3527,24 @@ def ranks_train(folder, *lines):
 
 def test_every_strategy_in_train_py_loses_what_one_process_loses_and_each_goes_on_where_another_stopped(
         tokens, tmp_path, capsys, monkeypatch):
-    """... on 1, 2 and 4 ranks, with Muon and, where matrices are divided, with AdamW. Two runs are handed on: one process,
-    four ranks, two ranks, one process."""
+    """... on 1 and 2 ranks, with Muon and, where matrices are divided, with AdamW. Two runs are handed on: one process, two ranks
+    in two ways, one process."""
     fancy = "--average_beta 0.9 --batch_warmup 0.5 --z_loss 1e-3 --batch_tokens 1024"
     flags = {"zero1": "--parallel zero1", "fsdp": "--parallel fsdp", "tensor-zero1": "--tensor_parallel 2 --parallel zero1"}
     line = lambda name, more: f"--out {tmp_path / name} --steps 10 --eval_every 5 --micro_batch_size 2 {' '.join(SHAPE)} {more}"
     alone = lambda name, more: call(train, capsys, monkeypatch, "--data", tokens, *line(name, more).split())[0]
     relay, relay_muon = tmp_path / "relay-tensor", tmp_path / "relay-fancy"
     assert alone("relay-tensor", "--optimizer adamw --stop_after 3") == alone("relay-fancy", f"{fancy} --stop_after 3") == 0
-    on_ranks(4, "train", tokens, line("4-fsdp", flags["fsdp"]), f"--resume {relay} --stop_after 5 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 6 --parallel zero1 --tensor_parallel 1",
-             f"--resume {relay_muon} --stop_after 6 --parallel fsdp")
-    on_ranks(2, "train", tokens, line("2-tensor-zero1", flags["tensor-zero1"]), f"--resume {relay} --stop_after 8 --parallel fsdp --tensor_parallel 1", f"--resume {relay_muon} --stop_after 8 --parallel zero1")
+    on_ranks(2, "train", tokens, line("2-ddp", ""), line("2-fsdp", flags["fsdp"]), line("2-tensor-zero1", flags["tensor-zero1"]),
+             f"--resume {relay} --stop_after 5 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 8 --parallel zero1 --tensor_parallel 1",
+             f"--resume {relay_muon} --stop_after 6 --parallel fsdp", f"--resume {relay_muon} --stop_after 8 --parallel zero1")
     for run in (relay, relay_muon):
         assert len(json.loads((run / "state" / "latest.json").read_text())["files"]) == 2
         assert call(train, capsys, monkeypatch, "--resume", run, "--parallel", "ddp")[0] == 0
     assert alone("1-zero1", flags["zero1"]) == alone("1-fsdp", flags["fsdp"]) == 0
     assert alone("muon", "--micro_batch_size 8") == alone("adamw", "--optimizer adamw") == alone("fancy", fancy) == 0
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(folders) == 9
+    assert len(folders) == 10
     for folder in folders:
         rows = records(folder)
         one = tmp_path / "adamw" if "tensor" in folder.name or folder.name == "adamw" else tmp_path / "fancy" if "fancy" in folder.name else tmp_path / "muon"

@@ -3309,7 +3309,7 @@ def demonstrate(out: Path, seed: int, sizes: dict[str, int] = SIZES, stages: dic
     for stage, card in cards.items():
         print(f"{stage:<5} {card['answer'][0]!r:.110}")
     print(f"\n{time.perf_counter() - start:.0f} seconds. To ask the model yourself: python sample.py --model {out / 'grpo'} "
-          "--prompt 'What is two plus two plus two?\n'", flush=True)
+          "--prompt 'What is forty-one plus thirteen minus twenty?\n'", flush=True)
     return cards
 
 

@@ -68,8 +68,8 @@ from model import (Config, KVCache, Parser, Transformer, grow_vocabulary, human,
                    save_pretrained, write_atomically)
 from sample import (CHATML, ROLES, Engine, Request, chat_tokens, open_folder, prepare, read_documents, read_text, render, score,
                     shared)
-from train import (Interrupt, Ranks, assemble, cut_log, faster_dtype, learning_rate, load_checkpoint, parts_of,
-                   peak_memory, permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
+from train import (Interrupt, Ranks, assemble, cut_log, faster_dtype, learning_rate, load_checkpoint, mean_and_error,
+                   parts_of, peak_memory, permute, pick_device, print_table, save_checkpoint, seal_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -388,6 +388,7 @@ BRACES = [(re.compile(pattern), replacement) for pattern, replacement in (    # 
 
 
 def respell(text: str, rules: list) -> str:
+    """A text after all rules (pattern, replacement), one after the other."""
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text
@@ -417,10 +418,12 @@ CLOSING = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",)}
 
 
 def literal_tree(value, ratio: bool = False) -> tuple:
+    """The tree of a number; `ratio`: it was written as a/b."""
     return "num", Fraction(value), ratio
 
 
 def minus_tree(tree: tuple) -> tuple:
+    """The tree of what a tree stands for, times -1."""
     return literal_tree(-tree[1], tree[2]) if tree[0] == "num" else ("*", [literal_tree(-1), tree])
 
 
@@ -644,6 +647,7 @@ def math_value(tree: tuple, point: dict, real: bool) -> Fraction | complex:
 
 
 def bounded(value, real: bool):
+    """The value, if it is finite, of 4,096 bits at most and, if `real`, a real number; else OverflowError or ValueError."""
     if isinstance(value, Fraction):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > 4096:
             raise OverflowError
@@ -680,6 +684,7 @@ def math_values(*trees: tuple) -> list[list]:
 
 
 def nearly(a: Fraction | complex, b: Fraction | complex) -> bool:
+    """Whether values are equal: exactly where both are exact, else to a relative 1e-10."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     return abs(complex(a) - complex(b)) <= 1e-10 * max(abs(complex(a)), abs(complex(b)))
@@ -698,6 +703,7 @@ def same_equation(answer: list, truth: list) -> bool:
 
 
 def same_items(answer: list, truth: list) -> bool:
+    """Whether items are equal one by one, in their order."""
     return len(answer) == len(truth) and all(map(same_math, answer, truth))
 
 
@@ -873,12 +879,14 @@ def grade_countdown(response: str, numbers: list[int], target: int) -> bool:
 # the answer is right and whether the format is kept, each 0 or 1. A row that lacks a field: ValueError
 
 def needed(row: dict, name: str):
+    """A field of a row; ValueError, with what the row has, where it is missing."""
     if row.get(name) is None:
         raise ValueError(f"a row without {name!r} (it has {', '.join(map(repr, row)) or 'nothing'}): this reward needs it")
     return row[name]
 
 
 def rewarded(reward: bool, kept: bool, right: bool) -> dict[str, float]:
+    """Yes or no to each, as a reward function returns it: is it rewarded, in the form, right?"""
     return {"reward": float(reward), "format": float(kept), "answer": float(right)}
 
 
@@ -1657,19 +1665,23 @@ def own_parts(run: Run, to_save: bool) -> dict:
     return parts
 
 
-def whole_model(run: Run, only_first: bool = False) -> dict[str, Tensor]:
-    """All weights of the policy, adapters merged, without a score; on every rank, or on the first (nothing on others)."""
+def gathered(run: Run, only_first: bool = False) -> dict[str, Tensor]:
+    """The policy's whole state, on every rank, or on the first (under FSDP nothing on the others)."""
     parallel = run.setup.parallel
-    tensors = parallel.full_state_dict(0 if only_first else None) if isinstance(parallel, FSDP) else run.model.state_dict()
-    scale = lora_alpha(run.s) / run.s.lora if run.s.lora else 0.0
-    return merged(tensors, scale)
+    return parallel.full_state_dict(0 if only_first else None) if isinstance(parallel, FSDP) else run.model.state_dict()
+
+
+def merge_scale(s: Settings) -> float:
+    """What `merged` multiplies adapters by."""
+    return lora_alpha(s) / s.lora if s.lora else 0.0
 
 
 def plain_model(run: Run) -> Transformer:
     """The policy as an ordinary model, on the policy's own tensors but for those that are merged or gathered."""
     with torch.device("meta"):
         model = Transformer(run.model.config, run.model.ops)
-    model.load_state_dict({name: t.detach().to(run.setup.device) for name, t in whole_model(run).items()}, assign=True)
+    tensors = merged(gathered(run), merge_scale(run.s))
+    model.load_state_dict({name: t.detach().to(run.setup.device) for name, t in tensors.items()}, assign=True)
     return model.to(run.setup.device).requires_grad_(False)
 
 
@@ -1679,14 +1691,12 @@ def save(run: Run):
     writes = setup.ranks.data_rank == 0 or s.parallel != "ddp"
     files = setup.ranks.everywhere(lambda: save_checkpoint(
         out, own_parts(run, True), run.step, setup.ranks.rank, seconds=run.seconds, skipped=run.skipped) if writes else None)
-    scores = {}
-    if s.command == "reward":
-        scores = setup.parallel.full_state_dict(0) if isinstance(setup.parallel, FSDP) else run.model.state_dict()
-    tensors = {name: t.to(run.dtype) for name, t in whole_model(run, only_first=True).items()}
+    state = gathered(run, only_first=True)
+    tensors = {name: t.to(run.dtype) for name, t in merged(state, merge_scale(s)).items()}
 
     def write():
         if s.command == "reward":
-            save_reward_model(run.model, out, tensors, scores["score.weight"].to(run.dtype))
+            save_reward_model(run.model, out, tensors, state["score.weight"].to(run.dtype))
         else:
             save_pretrained(run.model, out, tensors)
         save_tokenizer(run.tokenizer, out, run.source)
@@ -2161,7 +2171,8 @@ def write_samples(run: Run, records: list[dict]):
 
 
 def read_prompts(run: Run, paths: list[str] | None) -> tuple[list[dict], int]:
-    """Prompts as {"ids", "row", "thinks"}, and how many were left out because the longest answer would not fit behind them."""
+    """Prompts as {"ids", "row", its "number", "thinks"}, and how many were left out because the longest answer would not fit
+    behind them."""
     template, s = pick_template(run.tokenizer, run.s.template), run.s
     room, prompts, dropped = run.model.config.max_position_embeddings - s.max_new_tokens, [], 0
     asks = s.reward in REWARDS and s.reward != "none"
@@ -2216,9 +2227,9 @@ def reinforce(s: Settings, saved: dict | None):
                             for prompt, g in zip(mine[:s.samples], graded)])
         return {f"val_{name}": value for name, value in summary(graded).items()}
 
-    begun = run.step
+    failed = lambda: getattr(grader, "failures", 0)
     for step in steps_of(run, measure):
-        start = time.perf_counter()
+        start, failed_before = time.perf_counter(), failed()
         engine.refresh(plain_model(run))
         each = s.prompts_per_step // ranks.data_count
         first = step * s.prompts_per_step + ranks.data_rank * each
@@ -2230,9 +2241,9 @@ def reinforce(s: Settings, saved: dict | None):
             for g, number in zip(graded, scorer([prompt["ids"] + r.tokens for prompt, r in zip(mine, requests)])):
                 g["reward"] += number
         written = time.perf_counter()
-        if getattr(grader, "failures", 0) == len(requests) * (step + 1 - begun):
-            raise ValueError(f"--reward {s.reward} has failed on every answer so far, the last time like this: {grader.problem}. "
-                             f"Mend it, and go on with align.py {s.command} --resume {run.out}")
+        if failed() - failed_before == len(requests):
+            raise ValueError(f"--reward {s.reward} failed on every answer of step {step + 1}, on the last like this: "
+                             f"{grader.problem}. Mend it, and go on with align.py {s.command} --resume {run.out}")
 
         examples = [make_example(prompt["ids"], r.tokens) | {"old": r.token_log_probs} for prompt, r in zip(mine, requests)]
         if s.temperature != 1 and s.command != "expert":                     # the engine's are those of temperature 1
@@ -2245,7 +2256,7 @@ def reinforce(s: Settings, saved: dict | None):
         numbers = learn_from(run, examples, step)
         trained = time.perf_counter()
         if step % s.log_every == 0:
-            parts, failures = zip(*ranks.everywhere(lambda: (graded, getattr(grader, "failures", 0))))
+            parts, failures = zip(*ranks.everywhere(lambda: (graded, failed())))
             everything = [g for part in parts for g in part]
             groups = torch.tensor([g["reward"] for g in everything]).view(-1, s.group_size)
             log(run, step + 1, summary(everything) | numbers | {
@@ -2392,14 +2403,6 @@ class Evaluation:
     dtype: torch.dtype | None = None
 
 
-def mean_and_error(values: list[float], weights: list[float]) -> tuple[float, float | None, int]:
-    """The mean Σwx/Σw, its standard error, and n. A ratio of sums has the error √(n/(n-1) Σw²(x-m)²)/Σw, which for equal weights
-    is s/√n; a single value has none."""
-    x, w, n = np.array(values, dtype=np.float64), np.array(weights, dtype=np.float64), len(values)
-    mean = float((w * x).sum() / w.sum())
-    return mean, float(np.sqrt(n / (n - 1) * (w ** 2 * (x - mean) ** 2).sum()) / w.sum()) if n > 1 else None, n
-
-
 def summarize(records: list[dict]) -> dict[str, tuple[float, float | None, int]]:
     """{metric: (mean, standard error, number of records)} of everything in the records' "scores"; see `mean_and_error`, whose
     weights (a document's are its tokens) stand in "weights" where they are not 1.
@@ -2411,9 +2414,9 @@ def summarize(records: list[dict]) -> dict[str, tuple[float, float | None, int]]
         for name, x in record["scores"].items():
             columns[name].append((x, record.get("weights", {}).get(name, 1), record.get("group")))
     for name, rows in columns.items():
-        metrics[name] = mean_and_error(*list(zip(*rows))[:2])
+        metrics[name] = *mean_and_error(*list(zip(*rows))[:2]), len(rows)
         if groups := {group for *_, group in rows} - {None}:
-            means, errors, _ = zip(*(mean_and_error(*zip(*(row[:2] for row in rows if row[2] == group))) for group in groups))
+            means, errors = zip(*(mean_and_error(*zip(*(row[:2] for row in rows if row[2] == group))) for group in groups))
             error = None if None in errors else math.hypot(*errors) / len(groups)
             metrics[f"{name}, macro"] = sum(means) / len(groups), error, len(rows)
     if "nats per token" in metrics:
@@ -3281,7 +3284,7 @@ def report_card(folder: Path, data: Path, seed: int) -> dict[str, tuple[float, f
     rows = read_rows(data / "held_out.jsonl", "prompt")
     engine = Engine(model, tokenizer, slots=len(rows), context=model.config.max_position_embeddings)
     prompts, card = [prompt_tokens(tokenizer, row["prompt"], "raw") for row in rows], {}
-    mean = lambda name: mean_and_error([grade[name] for grade in grades], [1] * len(grades))[:2]
+    mean = lambda name: mean_and_error([grade[name] for grade in grades])
     for name, temperature in (("accuracy", 0.0), ("drawn", 1.0)):
         requests = engine.run([Request(prompt, 72, temperature, seed=seed + i) for i, prompt in enumerate(prompts)])
         grades = [{**reward_think(request.text, row), "length": len(request.tokens)} for request, row in zip(requests, rows)]

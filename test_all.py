@@ -5264,7 +5264,7 @@ def test_a_reward_function_that_always_fails_ends_the_run_which_can_go_on_when_i
     (tmp_path / "mine.py").write_text("def f(response, row):\n    raise KeyError('x')\n")
     flags = [flag for flag in ALIGN_FLAGS["grpo"] if flag not in ("--reward", "REWARD")]
     result = run_align(base, capsys, monkeypatch, "grpo", tmp_path / "run", *flags, "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", 2)
-    assert result[0] == 2 and "failed on every answer so far" in result[2] and "KeyError" in result[2] and "Traceback" not in result[2]
+    assert result[0] == 2 and "failed on every answer of step 1" in result[2] and "KeyError" in result[2] and "Traceback" not in result[2]
     (tmp_path / "mine.py").write_text("def f(response, row):\n    return len(set(response))\n")
     assert call(align, capsys, monkeypatch, "grpo", "--resume", tmp_path / "run")[0] == 0
     assert [row["step"] for row in records(tmp_path / "run") if "loss" in row] == [1, 2]
@@ -5277,7 +5277,7 @@ def test_preferences_are_the_best_and_the_worst_of_a_models_answers(base, tmp_pa
     assert code == 2 and "cut off" in err                # a random model never ends
     (tmp_path / "pairs.jsonl.part").unlink()
     monkeypatch.setattr(align, "ask", lambda engine, questions, examples, options, count: [({}, [
-        argparse_like(text, [1]) for text in ("ab", "\u1234b", "\u1234", "ab")]) for _ in questions])
+        an_answer(text, [1]) for text in ("ab", "\u1234b", "\u1234", "ab")]) for _ in questions])
     assert call(align, capsys, monkeypatch, "generate-preferences", *flags)[0] == 0
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and all(row["chosen"] == "ab" and row["rejected"] == "\u1234" for row in rows)
@@ -5286,7 +5286,7 @@ def test_preferences_are_the_best_and_the_worst_of_a_models_answers(base, tmp_pa
     assert refused(call(align, capsys, monkeypatch, "generate-preferences", *flags, "--judge", base / "base"), "one of --reward")
 
 
-def argparse_like(text, tokens):
+def an_answer(text, tokens):
     return dataclasses.make_dataclass("Answer", [("text", str), ("tokens", list), ("prompt", list), ("finish_reason", str)])(text, tokens, [1], "stop")
 
 
@@ -5962,7 +5962,7 @@ def test_a_ratio_of_sums_has_the_error_that_drawing_its_records_again_shows():
     dice = np.random.default_rng(0)
     weights = dice.integers(1, 50, 400)
     values = 3 + dice.normal(size=400) + 0.02 * weights
-    mean, error, _ = align.mean_and_error(values, weights)
+    mean, error = train.mean_and_error(values, weights)
     draws = [dice.integers(0, 400, 400) for _ in range(2000)]
     again = [(values[i] * weights[i]).sum() / weights[i].sum() for i in draws]
     assert mean == pytest.approx((values * weights).sum() / weights.sum()) and error == pytest.approx(np.std(again), rel=0.06)

@@ -2000,9 +2000,13 @@ def sweep(argv: list[str]):
     run_grid("sweep", given, runs, keep, show)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and its standard error: sample standard deviation / √n, unknown for one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+def mean_and_error(values: list[float], weights: list[float] | None = None) -> tuple[float, float | None]:
+    """The mean Σwx / Σw, and its standard error √(n / (n-1) Σw²(x - mean)²) / Σw, a ratio's; without weights that is the sample
+    standard deviation / √n. Unknown for one value."""
+    x, n = np.array(values, dtype=np.float64), len(values)
+    w = np.ones(n) if weights is None else np.array(weights, dtype=np.float64)
+    mean = float((w * x).sum() / w.sum())
+    return mean, float(math.sqrt(n / (n - 1) * (w ** 2 * (x - mean) ** 2).sum()) / w.sum()) if n > 1 else None
 
 
 def compare(results: dict[str, dict[int, dict]]) -> list[dict]:

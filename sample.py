@@ -497,7 +497,8 @@ class Engine:
 
     def refresh(self, model: Transformer):
         """Take over the weights of `model`, which has the shape of the engine's own: those of the same model after a training
-        step, say. What the rows hold is forgotten. RuntimeError while requests wait or run."""
+        step, say. What the rows hold is forgotten. Where graphs were recorded the weights are overwritten where they lie, so that
+        a model of the engine's dtype, with which it may share them, changes too. RuntimeError while requests wait or run."""
         if self.busy:
             raise RuntimeError(f"{len(self.waiting) + len(self.active)} request(s) are under way; finish or cancel them first")
         fresh = prepare(model, **self.ready)

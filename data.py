@@ -14,7 +14,7 @@ Out: train.jsonl and val.jsonl, one {"text": ..., "source": ...} a line, and rep
     python data.py build crawl/*.warc.gz --out corpus/web     # resumes; --shard 3/16 does one machine's share of sixteen
     python data.py look corpus/web                            # ten documents kept, ten dropped, the table of filters
     python data.py judge raw.jsonl corpus/web/train.jsonl     # the verdict: which of the two teaches a model more?
-    python data.py dedup | stats | mix | train-classifier | train-ngram | get ...      # -h explains each
+    python data.py dedup | stats | mix | train-classifier | train-ngram | get | bench     # -h explains each
 
 It goes in that order: inputs, language, filters, fastText, duplicates, the build, and what the other commands do. Left out:
 pages that only JavaScript fills, PDF, images. Nothing is downloaded but by `get`.
@@ -29,7 +29,7 @@ import hashlib
 import heapq
 import html
 import http.client
-import importlib
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -146,7 +146,7 @@ def read_documents(path):
     Characters come through exactly (a carriage return stays); nothing is stripped. Raises OSError for a file that
     cannot be opened, ValueError for one that is empty or binary and for a row (named by its line) that holds no text."""
     path = os.fspath(path)
-    is_rows = path.removesuffix(".gz").endswith(".jsonl")
+    is_rows = path.lower().removesuffix(".gz").endswith(".jsonl")
     with open_plain(path) as stream:
         # Rows end at \n alone, and a byte order mark in front of the first is no part of it.
         file = io.TextIOWrapper(stream, encoding="utf-8-sig" if is_rows else "utf-8", newline="\n" if is_rows else "")
@@ -444,7 +444,7 @@ def source_documents(folder, skipped=None):
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: not a folder")
     for root, folders, files in os.walk(folder):
-        kept = sorted(name for name in folders if name[0] != "." and name.lower() not in FOREIGN_FOLDERS)
+        kept = sorted(filter(is_own_folder, folders))
         if len(kept) < len(folders):
             skipped["folder of others' or built files"] += len(folders) - len(kept)
         folders[:] = kept
@@ -455,6 +455,11 @@ def source_documents(folder, skipped=None):
             else:
                 source = os.path.relpath(path, folder).replace(os.sep, "/")
                 yield {"text": text, "source": source, "language": source.rpartition(".")[2].lower()}
+
+
+def is_own_folder(name):
+    """Whether a folder of that name in a source tree holds its own sources, rather than others' or built files."""
+    return name[0] != "." and name.lower() not in FOREIGN_FOLDERS
 
 
 def read_source(path):
@@ -519,6 +524,15 @@ def documents_of(path, skipped, damaged):
     else:
         for text in read_documents(path):
             yield {"text": text, "source": source, "page": False}
+
+
+def pages_under(folder):
+    """The paths of the pages and archives in a folder and its own folders, in order; none for a file."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(filter(is_own_folder, folders))
+        found += [os.path.join(root, name) for name in sorted(names) if is_web(name)]
+    return found
 
 
 def read_page(path):
@@ -654,7 +668,8 @@ BOX_WORDS = set("""nav navbar navigation navheader navfooter docnav menu submenu
     advert adverts ads advertisement banner promo sponsored newsletter subscribe signup login popup modal
     pagination pager toolbar skip sitemap""".split())
 FRAME_WORDS = set("content contents main article body layout wrapper wrap container page".split())
-DENYING_WORDS = {"has", "with", "no", "is", "without"}
+DENYING_WORDS = {"has", "with", "no", "is", "without", "layout", "grid"}  # layout-sidebar is the frame around one
+RESPONSIVE = re.compile(r":(?:block|flex|grid|table|inline)")  # Tailwind's "hidden md:block": hidden on a telephone only
 HIDING_CLASSES = set("""hidden sr-only visually-hidden visuallyhidden screen-reader-text headerlink skip-link skiplink
     linenos lineno line-numbers gutter katex-html mathjax mathjax_preview mathjax_display mathjax_svg""".split())
 HIDING_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
@@ -686,7 +701,8 @@ def verdict(name, text):
     # Not <body>, which scripts unhide; not the MathML that pages hide behind its picture.
     if name != "body" and "mathml" not in classes and (
             "hidden" in given or given.get("aria-hidden", "").lower() == "true"
-            or HIDING_STYLE.search(given.get("style", "")) or not HIDING_CLASSES.isdisjoint(classes.lower().split())):
+            or HIDING_STYLE.search(given.get("style", ""))
+            or not HIDING_CLASSES.isdisjoint(classes.lower().split()) and not RESPONSIVE.search(classes)):
         bits |= HIDDEN
     if name in BOXES:
         # A section's id is made from its heading: "related-work" is no menu of related pages.
@@ -696,7 +712,7 @@ def verdict(name, text):
             words = label.split("-")
             if label in HEAD_LABELS:
                 bits |= HEAD
-            elif words[0] not in DENYING_WORDS and (
+            elif DENYING_WORDS.isdisjoint(words) and (
                     words[-1] in BOX_WORDS or words[0] in BOX_WORDS and FRAME_WORDS.isdisjoint(words)):
                 bits |= SOFT
     if len(LOOKED_UP) > 20_000:
@@ -747,6 +763,8 @@ def cut_elements(page):
             closing = "-->" if page.startswith("<!--", start) else ">"
             if page.startswith("<![CDATA[", start) and "]]>" not in unclosed:
                 closing = "]]>"
+            if closing == "-->" and (odd := page.find("--!>", start + 2, page.find(closing, start + 2))) >= 0:
+                closing, start = "--!>", odd - 2  # browsers end a comment there too
             end = page.find(closing, start + 2)  # + 2: <!--> is a whole comment
             if end < 0 and closing == "]]>":
                 unclosed.add(closing)
@@ -2311,11 +2329,15 @@ def remove_lines(text, repeated, seen=None, keep_blank=True):
 # Contamination: training text that holds evaluation questions
 
 
+QUESTION_KEYS = ("question", "prompt", "problem", "text")  # short ones count too: see evaluation_ngrams
+
+
 def evaluation_items(path):
-    """Yields the texts of an evaluation file: of each .csv or .jsonl row the longest cell or value, and all of them
-    joined (a short answer alone, "after the end of the second world war", stands in clean pages too); the lines of any
-    other file, and all of them joined. .gz of either. ValueError for what cannot be read."""
+    """Yields the texts of an evaluation file: of each .csv or .jsonl row the longest cell or value, what a QUESTION_KEYS
+    holds, and all of them joined (a short answer alone, "after the end of the second world war", stands in clean pages
+    too); the lines of any other file, and all of them joined. .gz of either. ValueError for what cannot be read."""
     name = os.fspath(path).removesuffix(".gz")
+    csv.field_size_limit(1 << 30)  # a passage may be longer than the 131,072 characters that csv takes by itself
     with open_plain(path) as stream:
         file = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         try:
@@ -2323,6 +2345,8 @@ def evaluation_items(path):
                         map(json.loads, filter(str.strip, file)) if name.endswith(".jsonl") else [list(file)]):
                 cells = [str(cell) for cell in (row.values() if isinstance(row, dict) else row)]
                 yield from [max(cells, key=len, default="")] if name.endswith((".csv", ".jsonl")) else cells
+                if isinstance(row, dict):
+                    yield from (str(row[key]) for key in QUESTION_KEYS if key in row)
                 yield " ".join(cells)
         except (csv.Error, ValueError, TypeError, RecursionError, *GZIP_DAMAGE) as error:
             raise ValueError(f"{path}: cannot be read as evaluation data ({error})") from None
@@ -2342,6 +2366,8 @@ def evaluation_ngrams(files, n=13, shortest=8):
             hashes, offsets = ngram_hashes(words, length)
             found[length].append(hashes[np.repeat(count == length, np.diff(offsets))])
     found = {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
+    if not any(map(len, found.values())):
+        raise ValueError(f"{', '.join(map(os.fspath, files))}: no question of {shortest} words or more is in there")
     marks = np.zeros(1 << 24, bool)
     marks[np.concatenate(list(found.values())) >> np.uint64(40)] = True
     return marks, found
@@ -2647,7 +2673,7 @@ class Settings:
     max_perplexity: float = flag(1000.0, "drop a text that the n-gram model finds more surprising, per word")
     evaluation: list = flag((), "drop what shares 13 words in a row with these evaluation files", nargs="+", metavar="FILE")
     keep_personal_data: bool = flag(False, "do not mask e-mail addresses, phone numbers, IP addresses", action="store_true")
-    on: list = flag((), "rules to use that are off unless named here: see C4_RULES and FINEWEB_QUALITY", nargs="+",
+    on: list = flag((), "rules to use that are off unless named here, in quotation marks; see below", nargs="+",
                     metavar="RULE")
     off: list = flag((), "rules not to use, by the names in the table", nargs="+", metavar="RULE")
     near: float = flag(0.8, "of texts whose word 5-grams overlap by this Jaccard similarity one stays; 0: all do")
@@ -2664,8 +2690,19 @@ class Settings:
         """ValueError for a value that can be known to be wrong before there is any text."""
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction:g}")
-        if not 0 <= self.near <= 1:
-            raise ValueError(f"near must lie between 0 and 1, got {self.near:g}")
+        for name in ("near", "min_language_score", "min_quality", "max_harm"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name):g}")
+        if not self.max_perplexity > 0:
+            raise ValueError(f"max_perplexity must be above 0, got {self.max_perplexity:g}")
+        if self.quality and not self.min_quality:
+            raise ValueError("quality names a model, but min_quality is 0, which keeps all; give --min_quality 0.5, say")
+        if self.max_perplexity != Settings.max_perplexity and not self.perplexity:
+            raise ValueError("max_perplexity needs a model: --perplexity, made by data.py train-ngram")
+        languages = {"any", *SCRIPTS, *(code for code, _ in language_tables()[1])}
+        unknown = [code for code in self.language if code not in languages]
+        if unknown and not self.lid:
+            raise ValueError(f"language {unknown[0]!r} is not known; use any, or ISO 639-1 codes such as en and de")
         known = {*C4_RULES, *GOPHER_QUALITY, *GOPHER_REPETITION, *FINEWEB_QUALITY}
         for rule in [*self.on, *self.off]:
             if rule not in known:
@@ -2679,6 +2716,16 @@ class Settings:
 
 USUAL_LABELS = {"wiki", "hq", "good", "positive", "high", "nsfw", "toxic", "1"}  # of classifiers: the side that counts
 SAMPLES, SAMPLE_CHARACTERS = 3, 600  # of dropped documents: so many for each reason, of so many characters
+
+
+LONG_LINES = re.compile("^.{80,}$", re.M)  # extraction leaves a paragraph in one line; code and tables have shorter ones
+
+
+def text_of_page(page, content_type=None):
+    """The text of a page's bytes: extracted from HTML, only decoded when the server says text/plain."""
+    if (content_type or "").lower().startswith("text/plain"):
+        return CONTROL.sub("", decode_html(page, content_type).replace("\r\n", "\n")).strip("\n")
+    return extract_text(page, content_type)
 
 
 def filters_of(settings, judging=True):
@@ -2697,18 +2744,19 @@ def filters_of(settings, judging=True):
 
     def extract(document):
         if isinstance(document["text"], bytes):
-            document["text"] = extract_text(document["text"], document.get("content_type"))
+            document["text"] = text_of_page(document["text"], document.get("content_type"))
         return (document["text"], {}) if document["text"].strip() else (None, {"no text": 1})
 
     def in_language(document):
         if lid:  # [] is for a text of which the model knows nothing
             code, score = (lid.predict(document["text"]) or [("und", 0.0)])[0]
-        else:
-            code, score = identify_language(document["text"])
+        else:  # by its prose: of 1,387 English pages of documentation, 73 were in doubt for their code, and 33 are so
+            prose = "\n".join(LONG_LINES.findall(document["text"]))
+            code, score = identify_language(prose if len(prose) >= 200 else document["text"])
         document["language"] = code
-        if "any" not in languages and code not in languages:
-            return None, {code: 1}
-        return (None, {"not sure": 1}) if score < settings.min_language_score else (document["text"], {})
+        if score < settings.min_language_score:
+            return None, {"not sure": 1}
+        return (document["text"], {}) if languages & {"any", code} else (None, {code: 1})
 
     def mask(document):
         text, emails = mask_emails(document["text"])
@@ -2749,9 +2797,11 @@ def filters_of(settings, judging=True):
     filters = [
         ("address", by_rules(lambda document: ["blocked"] if url_blocked(document.get("url", ""), blocked) else [])),
         ("text of the page", extract),
-        *((name, where_judged(function)) for name, function in judges if judging and function),
+        *((name, where_judged(function)) for name, function in judges[:1] if judging),
+        # Before lines go and numbers are masked, so that a question is still whole.
         ("evaluations", questions and by_bound("shares words with an evaluation",
-                                               lambda text: contaminated([text], questions)[0] > 0))]
+                                               lambda text: contaminated([text], questions)[0] > 0)),
+        *((name, where_judged(function)) for name, function in judges[1:] if judging and function)]
     return [(name, function) for name, function in filters if function]
 
 
@@ -2856,13 +2906,17 @@ def groups_of(paths):
     return groups
 
 
-def key_of(paths, settings):
+def key_of(paths, settings, judging):
     """What a part depends on, as a hash: the settings, the names, sizes and dates of its files, and this program."""
-    sources = [os.path.join(root, name) for folder in paths for root, _, names in os.walk(folder) for name in names]
+    sources = []
+    for folder in paths:
+        for root, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if is_own_folder(name)]
+            sources += [os.path.join(root, name) for name in names]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in [*paths, *settings.files()]]
     stats += sorted((path, os.lstat(path).st_size, os.lstat(path).st_mtime_ns) for path in sources)
     relevant = {**asdict(settings), "val_fraction": None}
-    return hashlib.sha256(json.dumps([relevant, stats, program_hash()]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([relevant, judging, stats, program_hash()]).encode()).hexdigest()
 
 
 @functools.cache
@@ -2875,7 +2929,9 @@ def make_part(job):
     """Cleans the files of one part into `stem`.jsonl, what the decisions about duplicates need of it into .npz, and the
     table into .json, which comes last: where it stands, the part is whole. A job is (paths, stem, settings, judging)."""
     paths, stem, settings, judging = job
-    key, skipped, damaged, table, dropped = key_of(paths, settings), Counter(), [], [], {}
+    key, skipped, damaged, table, dropped = key_of(paths, settings, judging), Counter(), [], [], {}
+    with suppress(FileNotFoundError):
+        os.remove(f"{stem}.json")  # of other settings: it must not vouch for what is written now
     judged = {"pages": None, "all": True, "none": False}[settings.filter]
 
     def documents():
@@ -2887,7 +2943,8 @@ def make_part(job):
     bar = tqdm(documents(), desc=os.path.basename(paths[0]), unit=" documents", leave=False, disable=in_worker or None)
     write_part(clean(bar, cached_filters(settings, judging), table, dropped), stem, settings)
     table[0]["documents_in"] += sum(skipped.values())
-    table[0]["bytes_in"] = sum(os.stat(path).st_size for path in paths if os.path.isfile(path)) or table[0]["bytes_in"]
+    if all(map(os.path.isfile, paths)):
+        table[0]["bytes_in"] = sum(os.stat(path).st_size for path in paths)
     table[0]["notes"] = dict(skipped)
     with write_atomically(f"{stem}.json") as file:
         file.write(json_row({"key": key, "table": table, "dropped": dropped, "damaged": list(map(well_formed, damaged))}))
@@ -2895,7 +2952,7 @@ def make_part(job):
 
 def cached_filters(settings, judging, made={}):
     """The `filters_of` these settings, made once in each process: models take seconds to load."""
-    key = key_of([], settings), judging
+    key = key_of([], settings, judging)
     if key not in made:
         made.clear()
         made[key] = filters_of(settings, judging)
@@ -2936,7 +2993,7 @@ def is_whole(paths, stem, settings, judging):
     """Whether the part of these files, made by this program under these settings, stands on disk."""
     try:
         with open(stem + ".json", encoding="utf-8") as file:
-            return json.load(file)["key"] == key_of(paths, settings)
+            return json.load(file)["key"] == key_of(paths, settings, judging)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -3008,8 +3065,12 @@ def merge(stems, out, settings):
                     yield document
 
     bar = tqdm(documents(), desc="writing", unit=" documents", total=int(keep.sum()), leave=False, disable=None)
-    report = {"settings": asdict(settings), **write_corpus(bar, out, settings.val_fraction), "filters": table,
-              "dropped": dropped, "damaged": damaged}
+    try:
+        written = write_corpus(bar, out, settings.val_fraction)
+    except NothingToSplit:  # the table says which filter it was
+        print_table(table, damaged)
+        raise
+    report = {"settings": asdict(settings), **written, "filters": table, "dropped": dropped, "damaged": damaged}
     with write_atomically(os.path.join(out, "report.json")) as file:
         file.write(well_formed(json.dumps(report, indent=1, ensure_ascii=False)).encode())
     return report
@@ -3039,15 +3100,20 @@ def first_of_each(fingerprints):
 # Splitting and writing: a text's hash decides whether a model trains on it or is measured by it
 
 
-def side_of(text, val_fraction):
-    """"val" when the text's hash, read as a number in [0, 1), falls below val_fraction, else "train"."""
-    return "val" if int.from_bytes(fingerprint(text)[:8], "big") < val_fraction * 2**64 else "train"
+def side_of(text, val_fraction, salt=""):
+    """"val" when the text's hash, read as a number in [0, 1), falls below val_fraction, else "train". Another `salt`
+    divides otherwise: a corpus's training side is all on one side of its own split."""
+    return "val" if int.from_bytes(fingerprint(salt + text)[:8], "big") < val_fraction * 2**64 else "train"
+
+
+class NothingToSplit(ValueError):
+    """No document is left, or one that is too short to be cut in two."""
 
 
 def split(documents, val_fraction):
     """Yields (side, document) in order. Both sides get something: of a few documents that all fall on one side, the one
     with the smallest hash is validation (or the one with the greatest is training); a single document is cut after
-    int(characters * (1 - val_fraction)). ValueError when there is nothing to split."""
+    int(characters * (1 - val_fraction)). Raises NothingToSplit."""
     waiting, sides = [], set()  # documents are held back until both sides have one
     for document in documents:
         waiting.append((side_of(document["text"], val_fraction), document))
@@ -3058,12 +3124,12 @@ def split(documents, val_fraction):
     if len(sides) == 2:
         return
     if not waiting:
-        raise ValueError("no documents are left: nothing to write")
+        raise NothingToSplit("no documents are left: nothing to write")
     if len(waiting) == 1:
         text = waiting[0][1]["text"]
         cut = int(len(text) * (1 - val_fraction))
         if not 0 < cut < len(text):
-            raise ValueError(f"one document of {len(text)} characters cannot be split at {1 - val_fraction:g}")
+            raise NothingToSplit(f"one document of {len(text)} characters cannot be split at {1 - val_fraction:g}")
         yield "train", {**waiting[0][1], "text": text[:cut]}
         yield "val", {**waiting[0][1], "text": text[cut:]}
         return
@@ -3121,12 +3187,18 @@ def build(paths, out, settings=Settings(), shard=(0, 1), workers=None):
 
     Raises ValueError and OSError, which name the file; parts that are whole stay for the next try."""
     paths = [os.fspath(path) for path in paths]
+    if not paths:
+        raise ValueError("there is no input; name files or folders")
+    paths = [one for path in paths for one in (path, *pages_under(path))]
     for path in [*paths, *settings.files()]:
         os.stat(path)  # a misspelt name is an error now, not after an hour
     settings.check()
     k, n = shard
     if n < 1:
         raise ValueError(f"shard {k}/{n}: there must be at least one machine, as in 3/16")
+    inside = [path for path in paths if os.path.isdir(path) and Path(path).resolve() in Path(out).resolve().parents]
+    if inside:
+        raise ValueError(f"{out} lies in {inside[0]}, which is to be read; choose an --out elsewhere")
     judging = settings.filter == "all" or settings.filter == "pages" and any(map(is_web, paths))
     folder = os.path.join(out, "parts")
     os.makedirs(folder, exist_ok=True)
@@ -3143,15 +3215,15 @@ def build(paths, out, settings=Settings(), shard=(0, 1), workers=None):
         # And again behind it: another may have finished in between, and have taken the parts away.
         if not all_whole():
             return None
-        with finishing(folder) as alone:
+        with finishing(out) as alone:
             if not alone or not all_whole():
                 return None
             try:
                 report = merge([stem for _, stem, _, _ in jobs], out, settings)
-            except ValueError:  # nothing is left to write; that will not change
-                shutil.rmtree(folder)
+            except NothingToSplit:  # and that will not change
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             return report
     finally:
         with suppress(OSError):
@@ -3160,7 +3232,8 @@ def build(paths, out, settings=Settings(), shard=(0, 1), workers=None):
 
 def make_parts(jobs, workers=None):
     """Makes parts in worker processes (none: as many as cores, or parts), with a bar over the bytes of their files."""
-    workers = min(workers or os.cpu_count(), len(jobs))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # SLURM gives fewer
+    workers = min(workers or cores, len(jobs))
     if workers < 2:
         for job in jobs:
             make_part(job)
@@ -3196,21 +3269,27 @@ def end_with_parent():
 
 
 @contextmanager
-def finishing(folder):
-    """Yields whether this process is the one to finish the build: of several that see all parts whole, one is. The lock goes
-    with its process, so that nothing is left to clean up after a kill."""
+def finishing(out):
+    """Yields whether this process is the one to finish the build in `out`: of several that see all parts whole, one is. The
+    lock goes with its process, so that a kill leaves nothing that would keep others out."""
     import fcntl
-    try:
-        file = open(os.path.join(folder, "lock"), "w")
-    except FileNotFoundError:  # another one finished, and took the folder away
-        yield False
-        return
-    with file:
+    path = os.path.join(out, "build.lock")  # not among the parts: NFS cannot remove a folder with an open file in it
+    with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
         except BlockingIOError:
             yield False
+            return
+        except OSError:  # a file system without locks: several may finish, each by its own temporary files, all alike
+            pass
+        for name in os.listdir(out):
+            if re.fullmatch(r"(train|val)\.jsonl\.tmp\.\d+", name):
+                os.remove(os.path.join(out, name))  # of one that was killed
+        try:
+            yield True
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3220,7 +3299,7 @@ MAX_NOTES = 8     # lines under a filter in the table
 SAMPLE_LINES = 8  # of a document
 
 
-def print_table(table):
+def print_table(table, damaged):
     """Documents and bytes in and out of each filter, the time it took; under it, what it did, the commonest first."""
     print(f"{'filter':<34}{'documents in':>13}{'out':>10}{'MB in':>11}{'out':>11}{'seconds':>9}")
     for row in table:
@@ -3231,18 +3310,18 @@ def print_table(table):
             print(f"    {note:<43}{times:>10,}")
         if notes[MAX_NOTES:]:
             print(f"    {f'{len(notes) - MAX_NOTES} others':<43}{sum(times for _, times in notes[MAX_NOTES:]):>10,}")
+    for place in damaged:
+        print(f"skipped: {place}")
 
 
 def print_report(report, out):
     """The tables that end a build."""
-    print_table(report["filters"])
+    print_table(report["filters"], report["damaged"])
     print(f"\n{'what is written':<34}{'documents':>23}{'MB':>22}")
     for side in ("train", "val"):
         print(f"{os.path.join(out, side + '.jsonl'):<34}{report[side]['documents']:>23,}"
               f"{report[side]['bytes'] / 1e6:>22,.3f}")
     print(f"sha256 of the texts {report['sha256']}")
-    for place in report["damaged"]:
-        print(f"skipped: {place}")
 
 
 def read_report(out):
@@ -3261,7 +3340,7 @@ def look(out, how_many=10, seed=0):
     draw = random.Random(seed)
     path = os.path.join(out, "train.jsonl")
     for number, row in enumerate(random_rows(path, how_many, draw), start=1):
-        print_sample(f"kept {number}: {row.get('url') or row['source']}", row["text"])
+        print_sample(f"kept {number}, {len(row['text']):,} characters: {row.get('url') or row['source']}", row["text"])
     piles = [[sample for samples in by_rule.values() for sample in samples] for by_rule in report["dropped"].values()]
     piles = [draw.sample(pile, len(pile)) for pile in piles]
     turns = [sample for turn in itertools.zip_longest(*piles) for sample in turn if sample]  # each filter in its turn
@@ -3301,7 +3380,7 @@ def stats(paths):
                              disable=None):
             text = document["text"]
             if isinstance(text, bytes):
-                text = extract_text(text, document.get("content_type"))
+                text = text_of_page(text, document.get("content_type"))
             words.append(len(text.split()))
             size += size_of(text)
             copies += not is_first(text, seen)
@@ -3330,8 +3409,13 @@ def mix(sources, out, tokens, end=(), end_share=0.1, max_epochs=4.0, bytes_per_t
     Raises ValueError where all sources together do not have enough."""
     if not tokens > 0 or not math.isfinite(tokens):
         raise ValueError(f"tokens must be above 0, got {tokens:g}")
-    if end and not 0 < end_share < 1:
+    for name, value in (("max_epochs", max_epochs), ("bytes_per_token", bytes_per_token)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value:g}")
+    if not 0 < end_share < 1:
         raise ValueError(f"end_share must lie between 0 and 1, got {end_share:g}")
+    for path, _ in [*sources, *end]:
+        not_an_input(path, [os.path.join(out, name) for name in ("train.jsonl", "end.jsonl")])
     budget = tokens * bytes_per_token
     rows = mix_file(sources, os.path.join(out, "train.jsonl"), budget * (1 - end_share if end else 1), max_epochs, seed)
     if end:
@@ -3339,6 +3423,13 @@ def mix(sources, out, tokens, end=(), end_share=0.1, max_epochs=4.0, bytes_per_t
     with suppress(FileNotFoundError):
         os.remove(os.path.join(out, "end.jsonl"))  # an earlier mixture's
     return rows
+
+
+def not_an_input(path, outputs):
+    """Raises ValueError where an input is one of the files that are about to be written."""
+    for output in outputs:
+        if os.path.exists(output) and os.path.samefile(path, output):
+            raise ValueError(f"{path} would be overwritten by what is made of it; choose another --out")
 
 
 def mix_file(sources, path, budget, max_epochs, seed):
@@ -3356,11 +3447,12 @@ def mix_file(sources, path, budget, max_epochs, seed):
     for source, weight in sources:
         whole, rest = divmod(quotas[source], totals[source])
         order = np.argsort(hashes[source], kind="stable")
-        part = int(np.searchsorted(np.cumsum(sizes[source][order]), rest)) + (rest > 0)  # the one that fills it counts
+        part = int(np.searchsorted(np.cumsum(sizes[source][order]), rest, "right"))
+        part += part == 0 and whole == 0  # one that is larger than its share, rather than none
         limit = int(hashes[source][order][part]) if part < len(order) else 2**64
         streams[source] = epochs_of(source, int(whole), limit, seed)
         rows[source] = {"file": path, "source": source, "weight": weight, "available": totals[source], "bytes": 0,
-                        "documents": 0, "epochs": quotas[source] / totals[source]}
+                        "documents": 0}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with (write_atomically(path) as file,
           tqdm(total=round(budget), desc="mixing", unit="B", unit_scale=True, leave=False, disable=None) as bar):
@@ -3370,10 +3462,12 @@ def mix_file(sources, path, budget, max_epochs, seed):
             if text is None:
                 del streams[source]
                 continue
-            file.write(json_row({"text": text, "source": os.path.basename(source)}))
+            file.write(json_row({"text": text, "source": os.fspath(source)}))
             rows[source]["bytes"] += size_of(text)
             rows[source]["documents"] += 1
             bar.update(size_of(text))
+    for row in rows.values():
+        row["epochs"] = row["bytes"] / row["available"]
     return list(rows.values())
 
 
@@ -3446,6 +3540,10 @@ def judge(raw, clean, held_out, out, tokens, seeds, vocab_size=4096):
             file.writelines(json_row(document) for document in local_documents() if document["source"][:7] != "stdlib/")
     sides, tokenizer = {"raw": raw, "clean": clean}, os.path.join(out, "tokenizer.json")
     files = {side: [os.path.join(out, side, name) for name in ("train.jsonl", "val.jsonl")] for side in sides}
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens must be above 0, got {tokens:g}")
+    if not importlib.util.find_spec("torch"):
+        raise ValueError("judge trains models, for which torch is needed: pip install -r requirements.txt")
     for side, source in sides.items():
         take_bytes(source, files[side][0], JUDGE_BYTES_PER_TOKEN * tokens)
         take_bytes(held_out, files[side][1], HELD_OUT_BYTES)
@@ -3477,7 +3575,7 @@ def print_verdict(sides, found, held_out, tokens):
 
 
 def take_bytes(source, path, size):
-    """Writes `size` bytes of a source's documents, or all if it has less, to a .jsonl file."""
+    """Writes whole documents of a source, up to `size` bytes of them (but one at least), to a .jsonl file."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     available = sum(map(size_of, read_documents(source)))
     mix_file([(source, 1.0)], path, min(size, available), 1.0, 0)
@@ -3503,12 +3601,14 @@ def train_classifier(good, bad, out, held_out=0.1, **how):
     if labels[0] == labels[1]:
         raise ValueError(f"{good} and {bad} have one name, which is to be the label; rename one")
     sides = {"train": [], "val": []}
+    not_an_input(good, [out])
+    not_an_input(bad, [out])
     for label, path in zip(labels, (good, bad)):
         texts = list(read_documents(path))
         if len(texts) == 1:
             texts = [line for line in texts[0].split("\n") if line.strip()]
         for text in texts:
-            sides[side_of(text, held_out)].append((text, label))
+            sides[side_of(text, held_out, "held out")].append((text, label))
     for side, examples in sides.items():
         if {label for _, label in examples} != set(labels):
             raise ValueError(f"{good} and {bad} are too small: one has no text for {side}; give more texts, one a line")
@@ -3526,8 +3626,9 @@ def train_ngram(paths, out, order):
     """An n-gram model of the documents in `paths`, saved to `out`; prints its perplexity on a tenth that it did not see."""
     sides = {"train": [], "val": []}
     for path in paths:
+        not_an_input(path, [out])
         for text in read_documents(path):
-            sides[side_of(text, 0.1)].append(text)
+            sides[side_of(text, 0.1, "held out")].append(text)
     if not sides["train"] or not sides["val"]:
         raise ValueError(f"{', '.join(paths)}: too few documents to train on and to hold out a tenth; give more")
     model = NGramModel.train(sides["train"], order)
@@ -3641,12 +3742,18 @@ def download(url, path, sha256=None, yes=False):
         validator = Path(mark).read_text("utf-8") if os.path.exists(mark) and os.path.exists(part) else ""
         have = max(0, os.path.getsize(part) - 1) if validator else 0  # the last byte again: a range must not be empty
         with fetch(url, {"Range": f"bytes={have}-", "If-Range": validator} if have else {}) as response:
+            same = validator in (response.headers.get("ETag"), response.headers.get("Last-Modified"))  # some ignore If-Range
+            if have and response.status == 206 and not same:
+                os.remove(part)
+                continue
             have = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
             total = have + int(response.headers.get("Content-Length") or 0)
             sha256 = sha256 or next((one for one in response.published if re.fullmatch("[0-9a-f]{64}", one)), None)
             if not failures:
                 agree(path, total, have, yes)
             etag = response.headers.get("ETag") or "W/"  # a weak one (W/) does not promise the same bytes
+            with open(part, "ab") as file:
+                file.truncate(have)  # before the mark is changed: a kill in between must not join two versions
             Path(mark).write_text(response.headers.get("Last-Modified", "") if etag.startswith("W/") else etag, "utf-8")
             is_whole = copy_response(response, part, have, total)
         size = os.path.getsize(part)
@@ -3717,8 +3824,8 @@ def ask_json(url, query):
 
 
 def get_rows(dataset, config, path, count):
-    """Fetches the first `count` rows of a dataset on Hugging Face, 100 a request, to a .jsonl of {"text", "source",
-    "row"}; returns `path`. Its files are Parquet, which takes a library; this takes 10 requests a thousand rows."""
+    """Fetches the first `count` rows of a dataset on Hugging Face, 100 a request, to a .jsonl of {"text",
+    "source"}; returns `path`. Its files are Parquet, which takes a library; this takes 10 requests a thousand rows."""
     with open(path if os.path.exists(path) else path + ".part", "a+b") as file:
         file.seek(0)
         lines = [len(line) for line in file if line.endswith(b"\n")]  # a kill may have left half of one
@@ -3728,9 +3835,12 @@ def get_rows(dataset, config, path, count):
             while rows and done < count:
                 answer = ask_json(ROWS, {"dataset": dataset, "config": config, "split": "train", "offset": done,
                                     "length": min(100, count - done)})
-                rows = [one.get("row", {}) for one in answer.get("rows", [])]  # none: there are no more
-                for row in rows:
-                    line = {"text": row.get("text") or "", "source": row.get("url") or dataset}
+                rows = answer.get("rows")  # none: there are no more
+                if not isinstance(rows, list) or not all(isinstance(one, dict) and isinstance(one.get("row"), dict)
+                                                         and isinstance(one["row"].get("text"), str) for one in rows):
+                    raise ValueError(f"{ROWS} answers without rows of text: {str(answer)[:200]}; try again later")
+                for row in (one["row"] for one in rows):
+                    line = {"text": row["text"], "source": str(row.get("url") or dataset)}
                     file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 done += len(rows)
@@ -3849,7 +3959,8 @@ def bench(paths, rounds=3):
                   f"{sum(map(size_of, inputs)) / np.median(times) / 1e6:>8,.1f}{ratio:>13}")
     reference, *others = bench_extractors()
     if reference[1]:
-        found = {name: np.mean([word_f1(function(page), reference[1](page)) for page in pages]) for name, function in others if function}
+        found = {name: np.mean([word_f1(function(page), reference[1](page)) for page in pages])
+                 for name, function in others if function}
         print(f"\nword F1 against {reference[0]}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
 
@@ -3939,6 +4050,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return namespace, unknown
 
+    def convert_arg_line_to_args(self, line):
+        """The arguments in a line of an @LIST: the line, unless it is blank."""
+        return [line] if line.strip() else []
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -3947,12 +4062,12 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help that names the default of a flag which has one."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False, ()) else action.help
+        return super()._get_help_string(action) if action.default not in (None, False, (), (0, 1)) else action.help
 
 
 def main_local(parser, argv):
     """Build the corpus of text that this Python carries. Other commands: build, dedup, look, stats, mix, judge,
-    train-classifier, train-ngram, get; each has its own -h."""
+    train-classifier, train-ngram, get, bench; each has its own -h."""
     parser.add_argument("--out", default="corpus/local", help="folder for train.jsonl, val.jsonl and report.json")
     parser.add_argument("--val_fraction", type=float, default=Settings.val_fraction, help=help_of("val_fraction"))
     args = parser.parse_args(argv)
@@ -3961,8 +4076,11 @@ def main_local(parser, argv):
 
 def main_build(parser, argv):
     """Build a corpus: read, extract, filter, mask, remove duplicates, write. Repeated after an interruption, it goes on."""
+    off = [*(name for name, is_on in C4_RULES.items() if not is_on), *FINEWEB_QUALITY]
+    on = [*(name for name, is_on in C4_RULES.items() if is_on), *GOPHER_QUALITY, *GOPHER_REPETITION]
+    parser.epilog = f"Rules that are on: {', '.join(on)}. Rules that are off: {', '.join(off)}."
     parser.add_argument("files", nargs="+", metavar="FILE", help="inputs: .warc .wet .html .txt .jsonl (.gz of each), or a "
-                        "folder of source code; @LIST reads names from a file, one a line")
+                        "folder of source code and pages; @LIST reads names from a file, one a line")
     parser.add_argument("--out", default="corpus/own", help="folder for train.jsonl, val.jsonl and report.json")
     parser.add_argument("--shard", type=shard_of, default=(0, 1), metavar="K/N",
                         help="make every N-th part only; the shard that finds all parts made finishes the build in --out")
@@ -3994,6 +4112,8 @@ def main_dedup(parser, argv):
     parser.add_argument("--ngram", type=positive, default=NGRAM, help="--by near: words in a row that are compared")
     parser.add_argument("--jaccard", type=float, default=0.8, help="--by near: similarity from which one of two goes")
     args = parser.parse_args(argv)
+    if args.keep_first and args.by != "line":
+        raise ValueError("keep_first is about lines; give --by line, too")
     if args.by == "near":
         counts = minhash_dedup(args.files, args.out, args.num_hashes, args.num_bands, args.ngram, args.jaccard)
     elif args.by == "line":
@@ -4078,7 +4198,7 @@ def main_train_ngram(parser, argv):
 
 def main_bench(parser, argv):
     """Measure the stages on pages, one core, beside resiliparse, trafilatura, fastText and datasketch where installed."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".html files or web archives; @LIST reads names from a file")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".html files or archives; @LIST reads names from a file")
     parser.add_argument("--rounds", type=positive, default=3, help="all take turns so many times")
     args = parser.parse_args(argv)
     bench(args.files, args.rounds)

@@ -1207,9 +1207,9 @@ def lower_words(text):
 
 
 @functools.lru_cache(maxsize=1)
-def word_counts(text):
-    """A Counter of the lower-cased words."""
-    return Counter(lower_words(text))
+def word_set(text):
+    """The different lower-cased words."""
+    return frozenset(lower_words(text))
 
 
 def text_lines(text):
@@ -1231,7 +1231,7 @@ def gopher_measures(text, language="en"):
                     "ellipses per word": (text.count("...") + text.count("…")) / count,
                     "words with a letter": letters / count}
     if language == "en":
-        measures["stop words"] = len(STOP_WORDS & word_counts(text).keys())
+        measures["stop words"] = len(STOP_WORDS & word_set(text))
     total = max(1, len(lines))
     return measures | {"lines that begin with a bullet": sum(line.startswith(BULLETS) for line in lines) / total,
                        "lines that end in an ellipsis": sum(line.endswith(("...", "…")) for line in lines) / total}
@@ -1477,9 +1477,9 @@ TOXIC_WORDS = {word: weight for weight, words in (
 def word_list_score(text, weights):
     """Log odds from the weighted words of a list, matched whole: 1.5 e - 3, where e is the weight beyond the first 1 in
     100 words (of 20 at least): one word alone flags no text, unless it weighs 2, and a long article may use several."""
-    counts = word_counts(text)
-    hits = sum(weights[word] * counts[word] for word in weights.keys() & counts.keys())
-    starred = re.findall(r"[\w*]+", text.lower()) if re.search(r"\*[A-Za-z]", text) else []
+    hits = sum(weights[word] * lower_words(text).count(word) for word in weights.keys() & word_set(text))
+    starred = [token for token in text.lower().split() if "*" in token] if re.search(r"\*[A-Za-z]", text) else []
+    starred = re.findall(r"[\w*]+", " ".join(starred))
     for word in [word for word in starred if "*" in word and 3 < len(word) < 16][:100]:  # f*cking: a star is a letter
         hits += max((weight for entry, weight in weights.items() if len(entry) == len(word)
                      and all(a in (b, "*") for a, b in zip(word, entry))), default=0)
@@ -1517,7 +1517,7 @@ QUALITY_WEIGHTS = {"bias": -3.0, "function words": 10.0, "prose": 2.5, "long sen
 
 def quality_features(text):
     """Countable signs of an encyclopedia or of a shop's page, as {name: value}, nearly all shares of the words."""
-    lines, counted, count = text_lines(text), word_counts(text), max(1, len(lower_words(text)))
+    lines, counted, count = text_lines(text), Counter(lower_words(text)), max(1, len(lower_words(text)))
     characters = max(1, sum(map(len, lines)))
     return {"function words": min(0.4, sum(counted[word] for word in FUNCTION_WORDS & counted.keys()) / count),
             "prose": sum(len(line) for line in lines if ends_sentence(line)) / characters,
@@ -2891,7 +2891,7 @@ def keep_sample(dropped, name, rules, document):
 # Parts: what one process makes of some files. Whole, or not there
 
 NUM_HASHES, NUM_BANDS, NGRAM = 128, 16, 5  # bands of 8 find a pair of similarity 0.8 with 95%, one of 0.6 with 24%
-PART_BYTES = 16 << 20                      # of input: seconds of work, so that little is lost to an interruption
+PART_BYTES = 4 << 20                       # of input: seconds of work, so that little is lost to an interruption
 
 
 def groups_of(paths):
@@ -3533,6 +3533,10 @@ def judge(raw, clean, held_out, out, tokens, seeds, vocab_size=4096):
     for script in ("bpe.py", "train.py"):
         if not (here / script).exists():
             raise ValueError(f"judge runs {script}, which is not beside data.py")
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens must be above 0, got {tokens:g}")
+    if not importlib.util.find_spec("torch"):
+        raise ValueError("judge trains models, for which torch is needed: pip install -r requirements.txt")
     os.makedirs(out, exist_ok=True)
     if held_out is None:
         held_out = os.path.join(out, "documentation.jsonl")
@@ -3540,10 +3544,6 @@ def judge(raw, clean, held_out, out, tokens, seeds, vocab_size=4096):
             file.writelines(json_row(document) for document in local_documents() if document["source"][:7] != "stdlib/")
     sides, tokenizer = {"raw": raw, "clean": clean}, os.path.join(out, "tokenizer.json")
     files = {side: [os.path.join(out, side, name) for name in ("train.jsonl", "val.jsonl")] for side in sides}
-    if not 0 < tokens < math.inf:
-        raise ValueError(f"tokens must be above 0, got {tokens:g}")
-    if not importlib.util.find_spec("torch"):
-        raise ValueError("judge trains models, for which torch is needed: pip install -r requirements.txt")
     for side, source in sides.items():
         take_bytes(source, files[side][0], JUDGE_BYTES_PER_TOKEN * tokens)
         take_bytes(held_out, files[side][1], HELD_OUT_BYTES)

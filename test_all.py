@@ -4843,7 +4843,7 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
     everything = ["data.py build", "bpe.py train", "bpe.py encode"]
     folder, ran = commands()
     assert ran == everything and sorted(p.name for p in folder.iterdir()) == [
-        "commands.json", "tokenizer.json", "train.jsonl", "train.npy", "val.jsonl", "val.npy"]
+        "commands.json", "report.json", "tokenizer.json", "train.jsonl", "train.npy", "val.jsonl", "val.npy"]
     rebuilt = (folder / "train.npy").read_bytes()
     assert commands()[1] == []
     for damage, expected in ((lambda: (folder / "val.npy").write_bytes(rebuilt[:200]), everything[2:]),

@@ -4051,8 +4051,8 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def convert_arg_line_to_args(self, line):
-        """The arguments in a line of an @LIST: the line, unless it is blank."""
-        return [line] if line.strip() else []
+        """The argument in a line of an @LIST: the line, unless it is blank or a # comment."""
+        return [line] if line.strip() and not line.startswith("#") else []
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -4264,6 +4264,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was there is as it was, and the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # data.py look corpus/web | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"{parser.prog}: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2

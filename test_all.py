@@ -2118,6 +2118,20 @@ def test_pages_in_a_folder_are_read_beside_its_source_code(tmp_path):
         data.build([tmp_path / "site"], tmp_path / "site" / "corpus")
 
 
+def test_a_list_of_inputs_may_have_blank_lines_and_comments(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("a text that is here")
+    (tmp_path / "list").write_text(f"# inputs\n\n{tmp_path / 'a.txt'}\n")
+    assert call(data, capsys, monkeypatch, "build", f"@{tmp_path / 'list'}", "--out", tmp_path / "out")[0] == 0
+    assert "".join(row["text"] for row in rows_in(tmp_path / "out")) == "a text that is here"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    data.build_local(tmp_path)
+    look = subprocess.Popen([sys.executable, HERE / "data.py", "look", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    look.stdout.close()
+    assert look.stderr.read() == b"" and look.wait(60) == 0
+
+
 def test_plain_text_of_an_archive_is_not_taken_for_html(tmp_path):
     text = "if (a <b && c> d) then\n    " + article(1)
     archive = gzip.decompress(warc(("http://one.example/a.txt", text))).replace(b"text/html; charset=utf-8", b"text/plain;charset=utf-8")  # of equal length

@@ -2,11 +2,12 @@
 The tests, in the order of the pipeline: each one behaviour, its name the sentence, its expected value from elsewhere (a
 formula worked by hand, a slow reference written here, a published number, another library).
 
-    python test_all.py            # the same as python -m pytest test_all.py; about five minutes on two cores
+    python test_all.py            # the same as python -m pytest test_all.py; about three minutes on two cores
 
 Tests against other libraries (transformers, tokenizers, tiktoken, fasttext, fastwarc, datasketch, ...) and against data in
 ../shared/data skip where those are missing. Everything is written to temporary folders.
 """
+import atexit
 import base64
 import builtins
 import collections
@@ -24,9 +25,11 @@ import ipaddress
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -53,8 +56,8 @@ import numpy as np
 import pytest
 import regex
 import torch
+import torch._dynamo                                 # an optimizer's first step would import it, in every fork again
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
@@ -80,6 +83,9 @@ from train import AdamW, Mixture, Muon, TokenDataset, clip_grad_norm_, learning_
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"
 EOT = "<|endoftext|>"
+# a hundred runs start here, and each would measure the machine, and at its end look for garbage in all that is imported
+train.measured_flops = functools.cache(train.measured_flops)
+gc.freeze()
 
 
 def run(*command, cwd=None, **environment):
@@ -88,8 +94,8 @@ def run(*command, cwd=None, **environment):
                           env={**os.environ, **environment})
 
 
-def call(module, capsys, monkeypatch, *arguments):
-    """A command of the project in this process: (exit code, standard output, standard error)."""
+def run_here(module, monkeypatch, *arguments):
+    """A command of the project in this process: its exit code."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -99,8 +105,72 @@ def call(module, capsys, monkeypatch, *arguments):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return code
+
+
+def call(module, capsys, monkeypatch, *arguments):
+    """A command of the project in this process: (exit code, standard output, standard error)."""
+    return run_here(module, monkeypatch, *arguments), *capsys.readouterr()
+
+
+def scripts_run_here(monkeypatch):
+    """From now on train.py runs scripts in this process, which saves starting Python."""
+    run = lambda words: types.SimpleNamespace(returncode=run_here(sys.modules[Path(words[1]).stem], monkeypatch, *words[2:]))
+    monkeypatch.setattr(train, "subprocess", types.SimpleNamespace(run=run))
+
+
+@functools.cache
+def fork_server():
+    """Makes processes that have this file imported already, torch and all, which takes a fresh one several seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Path(__file__).stem])
+    with contextlib.chdir(HERE):                                             # where the server looks for this file
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def fork(function, *arguments, out, **environment):
+    """function(*arguments) in a process of its own, all that it prints in the file `out`."""
+    process = fork_server().Process(target=begin_fork, args=(function, arguments, str(out), os.getcwd(), {**os.environ, **environment}),
+                                    daemon=True)
+    process.start()
+    atexit.register(process.kill)                                            # if it is still there
+    return process
+
+
+def ended(*processes, seconds=60):
+    """Exit codes of forks, when all have ended; None for one that had to be killed."""
+    end = time.time() + seconds
+    for process in processes:
+        process.join(max(0, end - time.time()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def begin_fork(function, arguments, out, folder, environment):
+    """What a shell does, then the work."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    with open(out, "a") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    function(*arguments)
+
+
+def command(module, *arguments):
+    """A command of the project, in a fork."""
+    sys.argv = [f"{module}.py", *map(str, arguments)]
+    if code := sys.modules[module].main():
+        sys.exit(code)
+
+
+def wait_for(condition, under_way, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert under_way() and time.time() < end
+        time.sleep(0.02)
 
 
 def refused(result, *words):
@@ -2720,13 +2790,14 @@ def test_encoding_equals_applying_each_merge_in_turn(tokenizer):
 def test_many_texts_at_once_have_the_ids_of_each_alone(tokenizer, monkeypatch, block):
     rng = random.Random(block)
     texts = [random_text(rng, rng.randrange(30)) for _ in range(300)] + [sentences(rng, 300), "", " ", "x" * 70, "", ""]
+    expected = [slow_encode(text, tokenizer.merges) for text in texts]
     small_blocks(monkeypatch, block)
     for full in (False, True):  # True: all is forgotten at every call
         monkeypatch.setattr(bpe.Chunks, "full", lambda chunks: full)
         for _ in range(2):
             ids, starts = tokenizer._encode_texts([text.encode() for text in texts])
             ours = [ids[begin:end].tolist() for begin, end in zip(starts, starts[1:])]
-            assert ours == tokenizer.encode_batch(texts) == [slow_encode(text, tokenizer.merges) for text in texts]
+            assert ours == tokenizer.encode_batch(texts) == expected
 
 
 def test_the_textbook_encoder_in_the_file_gives_the_same_tokens(tokenizer):
@@ -4731,7 +4802,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tokens, tmp_path)
     out = tmp_path / "r"
     process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 100_000,
                        "--eval_every", 100_000, *SHAPE)
-    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 5, process)
+    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 5, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     text, err = process.communicate(timeout=60)
     step = json.loads((out / "state" / "latest.json").read_text())["step"]
@@ -4739,21 +4810,14 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tokens, tmp_path)
     assert trajectory(out)[-1][0] == step == train.load_checkpoint(out)["step"]
 
 
-def wait_for(condition, process, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert process.poll() is None and time.time() < end, process.communicate()
-        time.sleep(0.02)
-
-
 def test_after_kill_9_at_any_moment_the_last_checkpoint_opens_and_the_run_goes_on(tokens, twenty_steps, tmp_path, capsys, monkeypatch):
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", tokens, "--out", out, "--steps", "100000",
-                                "--save_every", "1", "--eval_every", "100000", *SHAPE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (out / "state" / "latest.json").exists(), process)
+    process = fork(command, "train", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 1, "--eval_every", 100_000,
+                   *SHAPE, out=tmp_path / "said")
+    wait_for(lambda: (out / "state" / "latest.json").exists(), process.is_alive)
     time.sleep(random.uniform(0, 1))                                         # it saves all the time: any moment will do
     process.kill()
-    process.wait()
+    process.join()
     step = train.load_checkpoint(out)["step"]
     load_pretrained(out)
     code, text, _ = call(train, capsys, monkeypatch, "--resume", out, "--stop_after", step + 3)
@@ -4761,13 +4825,18 @@ def test_after_kill_9_at_any_moment_the_last_checkpoint_opens_and_the_run_goes_o
     assert [row["step"] for row in records(out)] == list(range(1, step + 4))
 
 
+def command_on_a_small_disk(*words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))            # the state takes more than that from step 10 on
+    command(*words)
+
+
 def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(tokens, tmp_path):
     out = tmp_path / "r"
-    program = ("import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000));"
-               "sys.argv[0] = 'train.py'; train.main()")                    # the state takes more than 400 kB from step 10 on
-    arguments = ["--data", tokens, "--out", out, "--steps", 20, "--save_every", 10, "--eval_every", 100, *SHAPE]
-    result = run("-c", program, *arguments, cwd=HERE)
-    assert refused((result.returncode, result.stdout, result.stderr), "step 10 could not be saved", "No checkpoint had been written yet")
+    process = fork(command_on_a_small_disk, "train", "--data", tokens, "--out", out, "--steps", 20, "--save_every", 10,
+                   "--eval_every", 100, *SHAPE, out=tmp_path / "said")
+    code, = ended(process)
+    said = (tmp_path / "said").read_text().partition("train.py: ")           # behind it stand the lines of standard error
+    assert refused((code, "", "".join(said[1:])), "step 10 could not be saved", "No checkpoint had been written yet")
     assert not [path for path in out.rglob("*") if ".tmp" in path.name]
 
 
@@ -4856,6 +4925,7 @@ def test_text_becomes_tokens_once_and_again_when_something_is_missing(tmp_path, 
 
     everything = ["data.py build", "bpe.py train", "bpe.py encode"]
     folder, ran = commands()
+    scripts_run_here(monkeypatch)
     assert ran == everything and sorted(p.name for p in folder.iterdir()) == [
         "commands.json", "report.json", "tokenizer.json", "train.jsonl", "train.npy", "val.jsonl", "val.npy"]
     rebuilt = (folder / "train.npy").read_bytes()
@@ -5005,6 +5075,7 @@ def test_a_mixture_gives_each_source_its_share_in_the_order_that_it_has_alone(tm
 def test_sources_are_mixed_and_the_decay_phase_reads_its_own(tokens, tmp_path, capsys, monkeypatch):
     """A text and a folder of tokens, annealed on another text; the tokenizer is the first source's."""
     monkeypatch.chdir(tmp_path)
+    scripts_run_here(monkeypatch)
     Path("b.txt").write_text(Path(bpe.__file__).read_text()[:30000])
     Path("c.txt").write_text(Path(data.__file__).read_text())
     command = ["--data", f"{tokens}:0.75", "b.txt:0.25", "--anneal_data", "c.txt", "--out", "r", "--schedule", "wsd", "--decay", 0.5,
@@ -5150,9 +5221,15 @@ def test_what_became_of_a_run(code, output, losses, outcome, tmp_path):
     assert train.judge(tmp_path, code, 100)["outcome"] == outcome            # ln 100 = 4.605
 
 
+def forked(words, stdout, env, **_):
+    """A fork as subprocess.Popen([PYTHON, OPTION, SCRIPT, ...]) would return it, as far as train.start_run cares."""
+    process = fork(command, Path(words[2]).stem, *words[3:], out=stdout.name, **env)
+    return types.SimpleNamespace(wait=lambda: process.join() or process.exitcode)
+
+
 def test_a_sweep_goes_past_the_edge_and_goes_on_after_an_interruption(tokens, tmp_path, capsys, monkeypatch):
     out = tmp_path / "sweep"
-    command = ["sweep", "--data", tokens, "--out", out, "--learning_rates", "4e-3", "50", "--tokens", "5120", "--max_skipped", 2, *FEW]
+    grid = ["sweep", "--data", tokens, "--out", out, "--learning_rates", "4e-3", "50", "--tokens", "5120", "--max_skipped", 2, *FEW]
     more = ["--save_every", "5", "--optimizer", "adamw"] if "optimizer" in train.Settings.__dataclass_fields__ else ["--save_every", "5"]
     first = out / "batch_256-lr_0.004"
 
@@ -5162,10 +5239,11 @@ def test_a_sweep_goes_past_the_edge_and_goes_on_after_an_interruption(tokens, tm
         os.kill(os.getpid(), signal.SIGINT)                                  # to the parent alone, as from `kill`
 
     threading.Thread(target=interrupt, daemon=True).start()
-    code, text, err = call(train, capsys, monkeypatch, *command, *more)
+    code, text, err = call(train, capsys, monkeypatch, *grid, *more)
     assert code == 130 and "the same command goes on" in text and "Traceback" not in err, (text, err)
     assert not (first / "outcome.json").exists() and (first / "state" / "latest.json").exists()
-    code, text, _ = call(train, capsys, monkeypatch, *command, *more)
+    monkeypatch.setattr(train, "subprocess", types.SimpleNamespace(Popen=forked, DEVNULL=None))      # which saves starting Python
+    code, text, _ = call(train, capsys, monkeypatch, *grid, *more)
     assert code == 0 and "--resume" in (first / "output.txt").read_text()
     assert [row["step"] for row in records(first)] == list(range(1, 21)) and not (first / "state").exists()
     loss = records(first)[-1]["val_loss"]
@@ -5175,12 +5253,12 @@ def test_a_sweep_goes_past_the_edge_and_goes_on_after_an_interruption(tokens, tm
     assert not list(out.rglob("*.safetensors")) and ("matplotlib" in text) != (out / "sweep.png").exists()
     # the same again runs nothing; so does all but what was added
     monkeypatch.setattr(train, "start_run", lambda *_: pytest.fail("a run was repeated"))
-    assert call(train, capsys, monkeypatch, *command, *more)[1].splitlines()[:5] == text.splitlines()[:5]
+    assert call(train, capsys, monkeypatch, *grid, *more)[1].splitlines()[:5] == text.splitlines()[:5]
     added = []
     monkeypatch.setattr(train, "start_run", lambda folder, flags: added.append(folder.name) or folder.mkdir() or (folder / "output.txt").write_text("") or 1)
-    assert "failed with exit code 1" in call(train, capsys, monkeypatch, *command, *more, "--learning_rates", "4e-3", "1e-3")[1]
+    assert "failed with exit code 1" in call(train, capsys, monkeypatch, *grid, *more, "--learning_rates", "4e-3", "1e-3")[1]
     assert added == ["batch_256-lr_0.001"]
-    assert refused(call(train, capsys, monkeypatch, *command, *more, "--clip", "0.5"), "--clip None, and not 0.5", "choose another --out")
+    assert refused(call(train, capsys, monkeypatch, *grid, *more, "--clip", "0.5"), "--clip None, and not 0.5", "choose another --out")
 
 
 def test_an_ablation_spends_equal_flops_seed_by_seed(tokens, tmp_path, capsys, monkeypatch):
@@ -5249,24 +5327,35 @@ def test_every_variant_is_a_command_of_train_py(tokens):
 # ------------------------------------------------------------------------------------------------------------------
 # ddp.py
 
-# What ranks are to run is a function of this file, ranks_NAME: it asserts on every rank. `python test_all.py fork COUNT NAME
-# ...` imports all once and forks the ranks, `torchrun test_all.py ranks NAME ...` has every rank import it.
+# What ranks are to run is a function of this file, ranks_NAME: it asserts on every rank.
 
-def on_ranks(count, name, *arguments, seconds=150):
-    """Run ranks_NAME(*arguments) on so many forked ranks, to its end."""
-    process = subprocess.Popen([sys.executable, HERE / "test_all.py", "fork", str(count), name, *map(str, arguments)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=seconds)
-    assert process.returncode == 0, err[-3000:]
+def start_ranks(count, function, *arguments, out):
+    """function(*arguments) on so many forks, which find each other in a file, all that they print in `out`."""
+    return [fork(run_rank, rank, count, f"{out}.store", function, arguments, out=out, RANK=str(rank), LOCAL_RANK=str(rank),
+                 WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count)) for rank in range(count)]
 
 
-def run_rank(rank, count, store, name, arguments):
-    """A forked rank's life."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+def run_rank(rank, count, store, function, arguments):
+    """A rank's life."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    globals()[f"ranks_{name}"](*arguments)
+    function(*arguments)
     gc.collect()                                                             # a group that lives on at exit can end in an abort
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_ranks(count, function, *arguments, seconds=150):
+    """Run function(*arguments) on so many ranks to its end, and return what they print."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, end = start_ranks(count, function, *arguments, out=Path(folder, "said")), time.time() + seconds
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.time() < end:
+            time.sleep(0.02)
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()                                                      # the others of one that failed
+        said = Path(folder, "said").read_text()
+        assert codes == [0] * count, (codes, said[-3000:])
+        return said
 
 
 class Block(torch.nn.Module):
@@ -5328,8 +5417,7 @@ class Sided(torch.nn.Linear):
 
 
 def ranks_strategies():
-    """Every strategy on `Net`, three steps of two micro-batches: the gradient norms and the weights of one process. Four ranks
-    leave out what two show as well: what a rank does by itself, with precision, clipping and recomputation."""
+    """Every strategy on `Net`, three steps of two micro-batches: the gradient norms and the weights of one process."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     matrices = {name for name, p in Net().named_parameters() if p.dim() == 2 and "layers" in name}
     named = lambda net, inside: [p for name, p in net.named_parameters() if (name in matrices) == inside and p.requires_grad]
@@ -5367,7 +5455,7 @@ def ranks_strategies():
                     (wrapped(*batch(step, rank, micro)) / 2).backward()
             wrapped.finish_gradient_synchronization()
             without = {key for key, _ in net.named_parameters() if key.endswith(("frozen", "unused", "sometimes"))}
-            without -= {"layers.1.sometimes"} if step % 3 == 1 and ranks > 1 else set()
+            without -= {"layers.1.sometimes"} if step % 3 == 1 else set()
             assert {key for key, p in net.named_parameters() if p.grad is None} == without, (name, step)
             ours = train.clip_grad_norm_(net.parameters(), clip, ddp.gradient_norm(net.parameters(), isinstance(wrapped, ddp.FSDP)))
             assert abs(ours - norm) < 1e-5 + tolerance, (name, step, ours, norm)
@@ -5399,13 +5487,12 @@ def ranks_strategies():
     check("fsdp with Muon", ddp.FSDP, lambda net, wrapped: [
           ddp.MatrixOptimizer(wrapped, named(net, True), torch.optim.Muon, lr=0.02), torch.optim.AdamW(named(net, False), lr=0.01)],
           by_muon, tolerance=1e-3)
-    if ranks < 4:
-        check("ddp in bfloat16", lambda net: ddp.DDP(net, small, torch.bfloat16), lambda net, _: adamw(net), plain, tolerance=0.1)
-        check("fsdp in bfloat16", lambda net: ddp.FSDP(net, torch.bfloat16, torch.float32), lambda net, _: adamw(net), plain, tolerance=0.1)
-        check("fsdp with no_sync", ddp.FSDP, lambda net, _: adamw(net), plain)
-        check("fsdp, clipped", ddp.FSDP, lambda net, _: adamw(net), one_process(adamw, clip=0.05), clip=0.05)
-        for recompute in (True, "reentrant"):
-            check("fsdp, recomputing", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False, recompute=recompute)
+    check("ddp in bfloat16", lambda net: ddp.DDP(net, small, torch.bfloat16), lambda net, _: adamw(net), plain, tolerance=0.1)
+    check("fsdp in bfloat16", lambda net: ddp.FSDP(net, torch.bfloat16, torch.float32), lambda net, _: adamw(net), plain, tolerance=0.1)
+    check("fsdp with no_sync", ddp.FSDP, lambda net, _: adamw(net), plain)
+    check("fsdp, clipped", ddp.FSDP, lambda net, _: adamw(net), one_process(adamw, clip=0.05), clip=0.05)
+    for recompute in (True, "reentrant"):
+        check("fsdp, recomputing", ddp.FSDP, lambda net, _: adamw(net), plain, no_sync=False, recompute=recompute)
 
     # FSDP's parameters are shards, which take 1/N of the memory; whole ones come and go
     net = Net()
@@ -5445,12 +5532,11 @@ def ranks_strategies():
     failures = [
         (lambda: wrapped.load_full_state_dict({**state, "shift": state["shift"], "embed.weight": torch.zeros(3)}), "embed.weight should have shape"),
         (lambda: ddp.DDP(torch.nn.Flatten()), "nothing to average"), (lambda: ddp.FSDP(torch.nn.Flatten()), "nothing to train"),
-        (lambda: ddp.tensor_parallel(Net(), None), "no decoder with Llama's names"), (lambda: ddp.mesh(ranks + 1), f"{ranks} rank(s) cannot be divided")]
-    if ranks > 1:
-        failures += [(lambda: ddp.tensor_parallel(Transformer(small_config(num_attention_heads=4, num_key_value_heads=1)), None),
-                      f"num_key_value_heads is 1, which cannot be divided over {ranks} ranks"), (lambda: ddp.DDP(linear(3, 3 + rank)), "ranks hold different models"),
-                     (lambda: ddp.FSDP(linear(3, 3 + rank)), "ranks hold different models"),
-                     (lambda: ddp.DDP(torch.nn.BatchNorm1d(3, track_running_stats=rank == 0)), "ranks hold different models")]
+        (lambda: ddp.tensor_parallel(Net(), None), "no decoder with Llama's names"), (lambda: ddp.mesh(ranks + 1), f"{ranks} rank(s) cannot be divided"),
+        (lambda: ddp.tensor_parallel(Transformer(small_config(hidden_size=8 * ranks, num_attention_heads=ranks, num_key_value_heads=1)), None),
+         f"num_key_value_heads is 1, which cannot be divided over {ranks} ranks"),
+        (lambda: ddp.DDP(linear(3, 3 + rank)), "ranks hold different models"), (lambda: ddp.FSDP(linear(3, 3 + rank)), "ranks hold different models"),
+        (lambda: ddp.DDP(torch.nn.BatchNorm1d(3, track_running_stats=rank == 0)), "ranks hold different models")]
     for attempt, words in failures:
         with pytest.raises(ValueError) as error:
             attempt()
@@ -5557,20 +5643,18 @@ def ranks_tensor_parallel():
                 assert wrapped(batch(0, 0)[0][:1, :4], beyond) == math.inf
 
 
-def ranks_steps():
-    ranks_strategies()
-    if dist.get_world_size() > 1:
-        ranks_tensor_parallel()
+def test_every_strategy_makes_the_steps_of_one_process():
+    on_ranks(3, ranks_strategies)
 
 
-def test_every_strategy_and_tensor_parallel_ranks_make_the_steps_of_one_process():
-    on_ranks(4, "steps")
+def test_tensor_parallel_ranks_make_the_steps_of_one_process_with_every_strategy():
+    on_ranks(4, ranks_tensor_parallel)
 
 
 def ranks_train(folder, *lines):
-    """Runs of train.py in one start of torchrun, the arguments of each in a line."""
+    """Runs of train.py in one start of the ranks, the arguments of each in a line."""
     for line in lines:
-        settings, saved = train.parse([*line.split(), "--data", folder] if "--resume" not in line else line.split())
+        settings, saved = train.parse([*line.split(), "--data", str(folder)] if "--resume" not in line else line.split())
         train.train(settings, saved)
 
 
@@ -5584,7 +5668,7 @@ def test_every_strategy_in_train_py_loses_what_one_process_loses_and_each_goes_o
     alone = lambda name, more: call(train, capsys, monkeypatch, "--data", tokens, *line(name, more).split())[0]
     relay, relay_muon = tmp_path / "relay-tensor", tmp_path / "relay-fancy"
     assert alone("relay-tensor", "--optimizer adamw --stop_after 2") == alone("relay-fancy", f"{fancy} --stop_after 2") == 0
-    on_ranks(2, "train", tokens, line("2-ddp", ""), line("2-fsdp", flags["fsdp"]), line("2-tensor-zero1", flags["tensor-zero1"]),
+    on_ranks(2, ranks_train, tokens, line("2-ddp", ""), line("2-fsdp", flags["fsdp"]), line("2-tensor-zero1", flags["tensor-zero1"]),
              f"--resume {relay} --stop_after 3 --tensor_parallel 2 --parallel fsdp", f"--resume {relay} --stop_after 5 --parallel zero1 --tensor_parallel 1",
              f"--resume {relay_muon} --stop_after 4 --parallel fsdp", f"--resume {relay_muon} --stop_after 5 --parallel zero1")
     for run in (relay, relay_muon):
@@ -5617,47 +5701,40 @@ def ranks_fall(folder, out):
         return forward(self, *arguments, **more)
 
     Transformer.forward = falls
-    sys.argv = ["train.py", "--data", folder, "--out", out, "--steps", "20", "--save_every", "1", "--parallel", "fsdp", *SHAPE]
-    train.main()
+    command("train", "--data", folder, "--out", out, "--steps", 20, "--save_every", 1, "--parallel", "fsdp", *SHAPE)
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_error_and_a_whole_checkpoint(tokens, tmp_path):
-    process = torchrun(2, HERE / "test_all.py", "ranks", "fall", tokens, tmp_path / "r")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and "train.py: rank 1: the sky fell" in err, err
+    ranks = start_ranks(2, ranks_fall, tokens, tmp_path / "r", out=tmp_path / "said")
+    codes, said = ended(*ranks), (tmp_path / "said").read_text()
+    assert all(codes) and "train.py: rank 1: the sky fell" in said, (codes, said)
     assert train.load_checkpoint(tmp_path / "r")["step"] == 4
 
 
-def kill_rank(rank, out, number):
-    """Send a signal to one rank of the run that writes to `out`."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"\0RANK={rank}\0".encode() in path.read_bytes() and str(out).encode() in (path.parent / "cmdline").read_bytes():
-                os.kill(int(path.parent.name), number)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_all_ranks_leave_after_the_same_step_when_one_is_told_to(tokens, tmp_path):
+def endless_run(tokens, tmp_path, *more):
+    """A run on two ranks, a few steps of which are done: their processes, and its folder."""
     out = tmp_path / "r"
-    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 100_000,
-                       "--eval_every", 100_000, "--parallel", "zero1", *SHAPE)
-    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, process)
-    kill_rank(1, out, signal.SIGTERM)
-    text, err = process.communicate(timeout=60)
+    ranks = start_ranks(2, command, "train", "--data", tokens, "--out", out, "--steps", 100_000, "--eval_every", 100_000, *SHAPE, *more,
+                        out=tmp_path / "said")
+    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, lambda: all(rank.is_alive() for rank in ranks))
+    return ranks, out
+
+
+def test_all_ranks_leave_after_the_same_step_when_one_is_told_to(tokens, tmp_path):
+    ranks, out = endless_run(tokens, tmp_path, "--save_every", 100_000, "--parallel", "zero1")
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    codes, said = ended(*ranks), (tmp_path / "said").read_text()
+    assert codes == [0, 128 + signal.SIGTERM], (codes, said)
     step = train.load_checkpoint(out)["step"]
-    assert f"stopped after step {step}" in text and records(out)[-1]["step"] == step, err
+    assert f"stopped after step {step}" in said and records(out)[-1]["step"] == step, said
     assert len(json.loads((out / "state" / "latest.json").read_text())["files"]) == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(tokens, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "r"
-    process = torchrun(2, HERE / "train.py", "--data", tokens, "--out", out, "--steps", 100_000, "--save_every", 1,
-                       "--eval_every", 100_000, "--parallel", "fsdp", *SHAPE)
-    wait_for(lambda: (out / "log.jsonl").exists() and len(records(out)) > 3, process)
-    kill_rank(1, out, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and "rank 0 lost another rank" in err and "SIGKILL" in err, err
+    ranks, out = endless_run(tokens, tmp_path, "--save_every", 1, "--parallel", "fsdp")
+    ranks[1].kill()
+    codes, said = ended(*ranks), (tmp_path / "said").read_text()
+    assert codes == [1, -signal.SIGKILL] and "rank 0 lost another rank" in said, (codes, said)
     step = train.load_checkpoint(out)["step"]
     code, text, _ = call(train, capsys, monkeypatch, "--resume", out, "--stop_after", step + 3, "--parallel", "zero1")
     assert code == 0 and [row["step"] for row in records(out)] == list(range(1, step + 4))
@@ -5672,12 +5749,16 @@ def test_impossible_strategies_are_refused(arguments, words, tokens, tmp_path, c
     assert not (tmp_path / "r").exists() and not dist.is_initialized()
 
 
+def ranks_ddp(*words):
+    """ddp.py with what is given, on ranks that have found each other already."""
+    dist.init_process_group = lambda *_, **more: None
+    command("ddp", *words, "--device", "cpu")
+
+
 def test_ddp_py_compares_the_strategies_and_draws_their_timelines(tmp_path):
-    """... starting its second rank itself."""
-    result = run(HERE / "ddp.py", "--layers", 2, "--width", 64, "--vocabulary", 99, "--sequence_length", 16, "--rounds", 1, "--trace", tmp_path / "t.json",
-                 "--device", "cpu")
-    assert result.returncode == 0, result.stderr
-    rows = {line[:36].strip(): line[36:].split() for line in result.stdout.splitlines()[6:] if line[36:].split()}
+    said = on_ranks(2, ranks_ddp, "--layers", 2, "--width", 64, "--vocabulary", 99, "--sequence_length", 16, "--rounds", 1,
+                    "--trace", tmp_path / "t.json")
+    rows = {line[:36].strip(): line[36:].split() for line in said.splitlines() if line[36:].split()}
     size = 4 * (2 * 99 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64)) / 1e6     # MB
     for name, passes in (("average each parameter", 1), ("average one flat buffer", 1), ("DDP", 1), ("torch DDP", 1),
                          ("DDP + ShardedOptimizer", 1.5), ("torch DDP + ZeroRedundancyOptimizer", 1.5), ("FSDP", 1.5), ("torch fully_shard", 1.5)):
@@ -5694,15 +5775,20 @@ def test_ddp_py_compares_the_strategies_and_draws_their_timelines(tmp_path):
     assert {("FSDP", "compute"), ("FSDP", "communication"), ("torch DDP", "communication")} <= seen
 
 
-def test_ddp_py_times_the_collectives_and_refuses_what_cannot_be(capsys, monkeypatch):
-    uneven = subprocess.Popen([sys.executable, HERE / "ddp.py", "--batch_size", "3", "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+def test_ddp_py_times_the_collectives_on_a_second_rank_that_it_starts_itself():
     result = run(HERE / "ddp.py", "collectives", "--largest", 12, "--rounds", 1, "--device", "cpu")
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("0.00")]
     assert result.returncode == 0 and [row[0] for row in rows] == ["0.001", "0.004"] and all(float(row[1]) > 0 for row in rows), result.stderr
+
+
+def test_ddp_py_refuses_what_cannot_be_and_ends_with_the_code_of_its_ranks(tmp_path, capsys, monkeypatch):
     for arguments, words in ((["--layers", "0"], "--layers is 0"), (["--widht", "3"], "did you mean --width?"), (["--device", "tpu"], "tpu")):
         assert refused(call(ddp, capsys, monkeypatch, *arguments), words)
-    _, err = uneven.communicate(timeout=60)
-    assert uneven.returncode and "ddp.py: --batch_size 3 cannot be divided over 2 ranks" in err
+    ranks = start_ranks(2, ranks_ddp, "--batch_size", 3, out=tmp_path / "said")
+    codes, said = ended(*ranks), (tmp_path / "said").read_text()
+    assert codes == [2, 2] and "ddp.py: --batch_size 3 cannot be divided over 2 ranks" in said, said
+    monkeypatch.setattr(ddp.subprocess, "run", lambda *_, **more: types.SimpleNamespace(returncode=7))
+    assert call(ddp, capsys, monkeypatch, "--batch_size", 3)[0] == 7
 
 
 # q is 4 * 10 = 40 wide, k and v 2 * 10 = 20: a layer's matrices are 100 (2 * 40 + 2 * 20) + 3 * 100 * 200 = 72,000, with
@@ -6957,15 +7043,20 @@ def test_openais_client_understands_it():
 # ------------------------------------------------------------------------------------------------------------------
 # The house
 
+def import_alone(name, folder):
+    """Import a file of the project from `folder`, where the others are not to be found (but torch is, already)."""
+    for path in HERE.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+    sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != HERE)]
+    assert Path(importlib.import_module(name).__file__).parent == Path(folder)
+
+
 def test_ground_floor_files_import_alone_from_an_empty_folder(tmp_path):
-    processes = {}
     for name in ("bpe", "model", "ddp", "data"):
         (tmp_path / name).mkdir()
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
-        processes[name] = subprocess.Popen([sys.executable, "-c", f"import {name}, os; assert '{tmp_path}' in {name}.__file__"],
-                                           cwd=tmp_path / name, stderr=subprocess.PIPE, text=True)
-    for name, process in processes.items():
-        assert process.wait(60) == 0, (name, process.stderr.read())
+        process = fork(import_alone, name, str(tmp_path / name), out=tmp_path / "said")
+        assert ended(process) == [0], (name, (tmp_path / "said").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -7205,7 +7296,7 @@ def ranks_align(folder):
 
 
 def test_two_ranks_learn_what_one_process_learns(base, tmp_path, capsys, monkeypatch):
-    on_ranks(2, "align", base)
+    on_ranks(2, ranks_align, base)
     for command, strategies in (("sft", ("fsdp", "ddp")), ("dpo", ("zero1",)), ("reward", ("fsdp",))):
         assert run_align(base, capsys, monkeypatch, command, tmp_path / command, "--steps", 2, *flags_of(command, base))[0] == 0
         whole, read = model_file.load_safetensors(tmp_path / command / "model.safetensors"), records(tmp_path / command)
@@ -7389,6 +7480,7 @@ def test_the_demonstration_runs_from_nothing_to_its_table(tmp_path, capsys, monk
     sizes = {"base": 400, "base_val": 40, "sft": 60, "pairs": 12, "prompts": 40, "held_out": 8}
     stages = {"base": ("--steps", 4, "--batch_tokens", 512), "sft": ("--epochs", 0.5), "dpo": ("--steps", 1),
               "grpo": ("--steps", 1, "--prompts_per_step", 4)}
+    scripts_run_here(monkeypatch)
     cards = align.demonstrate(tmp_path / "demo", 0, sizes, stages)
     out = capsys.readouterr().out
     assert list(cards) == ["base", "sft", "dpo", "grpo"] and all(f"$ python align.py {stage}" in out for stage in ("sft", "dpo", "grpo"))
@@ -8521,15 +8613,4 @@ def test_the_loss_of_grpo_and_its_gradient_equal_trls(rollouts, loss_type, ours,
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["ranks"]:                                           # see on_ranks
-        dist.init_process_group("gloo")
-        globals()[f"ranks_{sys.argv[2]}"](*sys.argv[3:])
-        gc.collect()
-        sys.exit(dist.destroy_process_group())
-    if sys.argv[1:2] == ["fork"]:
-        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()          # imports what an optimizer needs, before the fork
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.start_processes(run_rank, (int(sys.argv[2]), f"{folder}/store", sys.argv[3], sys.argv[4:]),
-                                                  int(sys.argv[2]), start_method="fork")
-        sys.exit()
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))

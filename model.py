@@ -82,6 +82,9 @@ class Config:
     router_aux_loss_coef: float = 0.01           # times the loss that balances the experts' load, in training mode
     dropout: float = 0.0                         # of the embeddings and of all that layers add to them, in training mode
     initializer: str = "fan_in"                  # or "glorot", the course's (see Transformer.initialize)
+    mup_base_width: int | None = None            # the width at which this model is an ordinary one: initialization and the scale
+                                                 # of the logits follow µP, so that what is tuned there holds at other widths
+                                                 # (see Transformer.initialize). Vary the width by the number of heads
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -118,7 +121,10 @@ class Config:
                                       " with norm_place post; it needs a norm before both: take pre, both or none"),
             "final_logit_softcapping": (given("final_logit_softcapping") and not self.final_logit_softcapping > 0,
                                         "; it must be above 0, or None for no cap"),
-            "dropout": (not 0 <= self.dropout < 1, "; it must be at least 0 and below 1")}
+            "dropout": (not 0 <= self.dropout < 1, "; it must be at least 0 and below 1"),
+            "mup_base_width": (given("mup_base_width") and self.mup_base_width < 1, "; it must be at least 1, or None for no µP"),
+            "initializer": (given("mup_base_width") and self.initializer == "glorot",
+                            f" with mup_base_width {self.mup_base_width}; µP begins with fan_in")}
         if given("num_local_experts"):
             refused |= {
                 "num_local_experts": (self.num_local_experts < 1, "; it must be at least 1, or None for no experts"),
@@ -133,6 +139,11 @@ class Config:
         for name, (wrong, why) in refused.items():
             if wrong:
                 raise ValueError(f"{name} is {getattr(self, name)!r}{why}")
+
+    @property
+    def base_width(self) -> int:
+        """The width that sets the scale of embedding and logits: µP's base, or else this model's own."""
+        return self.mup_base_width or self.hidden_size
 
     def window_of(self, layer: int) -> int | None:
         """How many latest positions a layer attends to; None: all."""
@@ -578,7 +589,8 @@ def make_norm(config: Config, ops: Ops, *places: str) -> nn.Module:
 
 class Attention(nn.Module):
     """Causal self-attention, to all earlier positions or to the `window` latest; query heads in groups that share a
-    key-value head (Ainslie et al. 2023, arXiv 2305.13245)."""
+    key-value head (Ainslie et al. 2023, arXiv 2305.13245). Scores are q·k / √head_dim, under µP too, where other widths mean
+    other numbers of heads: its 1 / head_dim is the same as long as head_dim is."""
 
     def __init__(self, config: Config, ops: Ops, window: int | None):
         super().__init__()
@@ -744,7 +756,11 @@ class Transformer(nn.Module):
         et al. 2019). The embedding has 1/√hidden_size too, which also fits it for a tied head; so have learned positions.
         `glorot`, the course's: 2/(fan-in + fan-out) as the variance of every matrix, 1 for learned positions and for the
         embedding (as it enters the residual stream: sinusoidal positions have it multiplied by √hidden_size), unless that is
-        the head too."""
+        the head too.
+
+        With `mup_base_width` (µP, Yang et al. 2022, arXiv 2203.03466, table 8): embedding, learned positions and head are drawn
+        as at the base width, whatever this model's, and `run` divides the last hidden states by hidden_size / base. All else is
+        as it was, since fan-in grows along. The learning rates' part is train.py's."""
         multiplied = self.config.position == "sinusoidal"
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -756,6 +772,7 @@ class Transformer(nn.Module):
                 elif self.config.initializer == "glorot":
                     std = math.sqrt(2 / (fan_in + fan_out))
                 else:
+                    fan_in = self.config.base_width if "embed" in name or name == "lm_head.weight" else fan_in
                     residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                     writes = 2 * self.config.num_hidden_layers if residual else 1
                     std = 1 / math.sqrt(fan_in * writes)
@@ -782,17 +799,21 @@ class Transformer(nn.Module):
             x = x + self.model["embed_positions"].weight[positions]
         if self.config.position == "sinusoidal":
             # embeddings of variance 1/hidden_size would drown in sines; the paper multiplies them too
-            x = math.sqrt(self.config.hidden_size) * x + self.sinusoids[positions].to(x.dtype)
+            x = math.sqrt(self.config.base_width) * x + self.sinusoids[positions].to(x.dtype)
         x, balances = self.dropout(x), []
         for i, layer in enumerate(self.model["layers"]):
             x, balance = layer(x, cos, sin, i, cache, document_ids)
             balances += [] if balance is None else [balance]
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.model["norm"](x), balances
+        x = self.model["norm"](x)
+        if self.config.base_width != self.config.hidden_size:
+            # features that training makes agree with the head add up over the width, where random ones cancel to its root
+            x = x * (self.config.base_width / self.config.hidden_size)
+        return x, balances
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """The last hidden states, after the final norm: tokens (B, S) -> (B, S, hidden_size).
+        """The last hidden states, after the final norm (and µP's factor): tokens (B, S) -> (B, S, hidden_size).
 
         With a cache, tokens continue each row where it stands, and the cache grows by S. `document_ids` (B, S): a
         position attends only to its own document (tables of positions count on from the start of the row all the same).
@@ -1010,7 +1031,7 @@ def model_type(config: Config) -> str:
     """The Hugging Face architecture that has exactly this model's switches on; "flatlm" when none has."""
     c = config
     has = lambda **switches: all(getattr(c, name) == value for name, value in switches.items())
-    if not has(norm_place="pre", use_parallel_residual=False, final_logit_softcapping=None):
+    if not has(norm_place="pre", use_parallel_residual=False, final_logit_softcapping=None, mup_base_width=None):
         return "flatlm"
     if has(**GPT2_SWITCHES, qk_norm=False, sliding_window=None, num_key_value_heads=c.num_attention_heads):
         return "gpt2" if c.num_attention_heads * c.head_dim == c.hidden_size else "flatlm"
@@ -1219,14 +1240,24 @@ def gpt2_from_disk(tensors: dict[str, Tensor], place: Callable) -> dict[str, Ten
     return out
 
 
+def fold_logit_scale(config: Config, tensors: dict[str, Tensor]) -> tuple[Config, dict[str, Tensor]]:
+    """An ordinary model that computes what this one with `mup_base_width` does: the factor of its last hidden states goes into
+    the final norm, or without one into the head. It stays where there is neither, only a tied head."""
+    if config.mup_base_width is None or config.norm_place not in ("pre", "both") and config.tie_word_embeddings:
+        return config, tensors
+    place = "model.norm." if config.norm_place in ("pre", "both") else "lm_head."
+    factor = config.base_width / config.hidden_size
+    return replace(config, mup_base_width=None), {
+        name: tensor * factor if name.startswith(place) else tensor for name, tensor in tensors.items()}
+
+
 def save_pretrained(model: Transformer, folder, tensors: dict[str, Tensor] | None = None):
     """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open, with its own weights
     or with `tensors`, gathered from the ranks that share them. The tokenizer's files are the caller's to add. A model with a
     mix of switches that no Hugging Face architecture has is written all the same, as model_type "flatlm", which
-    `load_pretrained` alone reads."""
+    `load_pretrained` alone reads. µP leaves no trace, see `fold_logit_scale`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = model.config
-    tensors = dict(model.state_dict() if tensors is None else tensors)
+    config, tensors = fold_logit_scale(model.config, dict(model.state_dict() if tensors is None else tensors))
     dtype = tensors["model.embed_tokens.weight"].dtype
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]

@@ -13,16 +13,18 @@ it trains on a text file of yours, on a folder of tokens (train.npy, val.npy, to
     python train.py plot runs/*                                         # loss curves
     python train.py bench --preset gpt2                                 # tokens/s, utilization, where a step's time goes
     python train.py sweep                                               # learning rates, up to and past the edge of stability
+    python train.py sweep --widths 64 128 256 --mup_base_width 64       # whether the best one holds at other widths
+    python train.py coordinates                                         # whether activations stay level as the width grows (µP)
     python train.py ablate --variants adamw layer_norm --seeds 3        # what a choice is worth, with standard errors
 
 The recipe: Muon for the layers' matrices and AdamW for all else; a learning rate that rises, stays, and falls to zero over
 the second half. Every part of it is a flag, and so is every switch of model.py's Config.
 
 The file goes in the order of a run: settings, optimizers, learning rate, batches, earlier stages, checkpoints, evaluation,
-one step, the loop; then bench, sweep and ablate, which are built on those. Three promises hold it together. The batch at a
-step depends on the seed and the step alone, so neither the number of processes nor an interruption changes what is learned.
-Nothing waits for the device inside a step: losses are read one step late. And every file appears by a rename, so that a kill
-at any moment leaves a run that can be resumed.
+one step, the loop; then bench, coordinates, sweep and ablate, which are built on those. Three promises hold it together. The
+batch at a step depends on the seed and the step alone, so neither the number of processes nor an interruption changes what is
+learned. Nothing waits for the device inside a step: losses are read one step late. And every file appears by a rename, so that a
+kill at any moment leaves a run that can be resumed.
 
 A run folder is a Hugging Face model folder plus args.json, log.jsonl (one object per logged step) and state/ (what
 --resume reads). Who holds what of the model when there are several ranks is ddp.py's affair. Left out so far: fused kernels.
@@ -109,6 +111,8 @@ class Settings:
     num_experts_per_tok: int = flag(int, None, "of which so many serve a token")
     tie_word_embeddings: bool = flag(bool, None, "the head is the embedding, transposed")
     initializer: str = flag(str, None, "fan_in or glorot (the course's)")
+    mup_base_width: int = flag(int, None, "width at which learning rates and scales are those of an ordinary model; at others they "
+                                          "follow µP")
     dropout: float = flag(float, None, "share of what is added to the residual stream that is dropped in training")
     # how long: one of three
     steps: int = flag(int, None, "number of optimizer steps")
@@ -120,8 +124,10 @@ class Settings:
     micro_batch_size: int = flag(int, None, "sequences per forward pass on a rank; the rest is accumulated")
     optimizer: str = flag(str, None, "muon (the layers' matrices by Muon, all else by AdamW) or adamw; none: muon, unless "
                                      "--tensor_parallel divides the matrices")
-    learning_rate: float = flag(float, None, "AdamW's peak learning rate; none: 2 / hidden_size beside Muon, 0.5 / hidden_size alone")
-    muon_learning_rate: float = flag(float, None, "Muon's; none: 0.005 * hidden_size times the other, so 0.01 unless that is given")
+    learning_rate: float = flag(float, None, "AdamW's peak learning rate; none: 2 / hidden_size beside Muon, 0.5 / hidden_size alone "
+                                            "(with --mup_base_width: that in place of hidden_size)")
+    muon_learning_rate: float = flag(float, None, "Muon's; none: 0.005 * hidden_size (or --mup_base_width) times the other, so 0.01 "
+                                                 "unless that is given")
     final_learning_rate: float = flag(float, 0.0, "learning rate at the end, as a share of the peak")
     schedule: str = flag(str, "wsd", "wsd (warm up, stay, decay linearly) or cosine")
     warmup: float = flag(float, 0.05, "share of the budget over which the learning rate rises")
@@ -149,7 +155,8 @@ class Settings:
     resume: str = flag(str, None, "continue the run in this folder, with its settings")
     log_every: int = flag(int, 10, "steps between lines of log.jsonl")
     eval_every: int = flag(int, None, "steps between evaluations; none: ten in a run")
-    eval_tokens: int = flag(int, 65536, "validation tokens per evaluation; the last one takes them all")
+    eval_tokens: int = flag(int, 65536, "validation tokens per evaluation")
+    final_eval_tokens: int = flag(int, None, "validation tokens of the last evaluation; none: all")
     save_every: int = flag(int, None, "steps between checkpoints; none: with every evaluation")
     stop_after: int = flag(int, None, "stop at this step as if interrupted")
     profile: str = flag(str, None, "write a timeline of three steps into this folder (and on a GPU what holds its memory)")
@@ -157,8 +164,8 @@ class Settings:
 
 
 # A resumed run may change these freely: how long, where and how often (and where its data lies now), not what it is.
-FREE = set("data anneal_data steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens save_every "
-           "stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel recompute".split())
+FREE = set("data anneal_data steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens "
+           "final_eval_tokens save_every stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel recompute".split())
 # What a flag may change of a preset: fields of model.py's Config. Dropout is one too, but a matter of training.
 SHAPE = [f.name for f in fields(Settings) if f.name in set(Config.__dataclass_fields__) - {"vocab_size", "dropout"}]
 # Changing one of these makes it another run.
@@ -267,11 +274,16 @@ class Muon(Skipping):
                     p.mul_(1 - lr * group["weight_decay"] * go).add_(update.to(p.dtype) * (scale * go))
 
 
-def decay_groups(named: dict[str, Tensor], matrices: set[str], weight_decay: float) -> list[dict]:
+def decay_groups(named: dict[str, Tensor], matrices: set[str], weight_decay: float, hidden: set[str] = frozenset(),
+                 widening: float = 1.0) -> list[dict]:
     """Parameter groups in which `matrices`, given by name (a shard does not show its shape), decay and all others (norms,
-    biases) do not."""
-    groups = [{"params": [p for name, p in named.items() if name in matrices], "weight_decay": weight_decay},
-              {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0}]
+    biases) do not. Of the matrices the `hidden` ones are `widening` times as wide as where the learning rate was tuned; theirs
+    is smaller by that (µP for Adam, Yang et al. 2022, arXiv 2203.03466, table 8: each of its updates has entries of the size
+    of the rate, all in step, so that they add up over fan-in), and still they decay as much in a step."""
+    pick = lambda wanted, **options: {"params": [p for name, p in named.items() if wanted(name)], **options}
+    groups = [pick(lambda name: name in matrices and name not in hidden, weight_decay=weight_decay),
+              pick(lambda name: name not in matrices, weight_decay=0.0),
+              pick(lambda name: name in hidden, weight_decay=weight_decay * widening, scale=1 / widening)]
     return [group for group in groups if group["params"]]
 
 
@@ -430,6 +442,12 @@ class Mixture:
     def fingerprint(self) -> str:
         """Of all sources; their weights are among the settings."""
         return "+".join(dataset.fingerprint() for dataset in self.datasets)
+
+
+def streams_of(sources: dict[str, list], length: int, seed: int) -> dict[str, Mixture]:
+    """What a run reads, in sequences of `length`, of what `prepare` has made ready."""
+    return {kind: Mixture([TokenDataset(token_files(folder)[0], length, seed) for folder, _ in of_kind],
+                          [weight for _, weight in of_kind]) for kind, of_kind in sources.items() if of_kind}
 
 
 def map_tokens(path) -> np.ndarray:
@@ -954,10 +972,12 @@ def assemble(s: Settings, model: Transformer, device: torch.device, ranks: Ranks
 
     adamw, muon = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2)), dict(
         lr=s.muon_learning_rate, momentum=s.momentum, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    optimizers = []
+    optimizers, widening = [], model.config.hidden_size / model.config.base_width
     for kind, options in ((AdamW, adamw), (Muon, muon)):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad and (name in orthogonal) == (kind is Muon)}
-        groups = decay_groups(named, matrices, s.weight_decay)
+        # the layers' matrices, of which AdamW has the router alone beside Muon; and Muon's rate serves all widths
+        hidden = {name for name in matrices if name.startswith("model.layers.") and widening != 1 and kind is AdamW}
+        groups = decay_groups(named, matrices, s.weight_decay, hidden, widening)
         if groups and s.parallel == "zero1":
             optimizers.append((ShardedOptimizer(groups, kind, ranks.data, **options), options["lr"]))
         elif groups and s.parallel == "fsdp" and kind is Muon:
@@ -1083,7 +1103,7 @@ def finish_step(s: Settings, setup: Setup, loss: Tensor, factor: float, step: in
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         for optimizer, peak in setup.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = peak * factor * group.get("scale", 1)      # see decay_groups
             optimizer.step(skip=bad)
             optimizer.zero_grad()
         beta = min(s.average_beta, (1 + step) / (10 + step))             # the first steps' weights are soon forgotten
@@ -1213,7 +1233,8 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     if s.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     positive = ("steps tokens max_seconds batch_tokens micro_batch_size sequence_length learning_rate clip log_every "
-                "eval_every eval_tokens save_every stop_after vocab_size max_skipped workers tensor_parallel muon_learning_rate").split()
+                "eval_every eval_tokens final_eval_tokens save_every stop_after vocab_size max_skipped workers tensor_parallel "
+                "muon_learning_rate").split()
     for name in positive:
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must be above 0")
@@ -1291,9 +1312,10 @@ def split_batch(settings: Settings, sequence_length: int, ranks: int, largest: i
 
 def default_rates(s: Settings, config: Config):
     """Fill in the learning rates. AdamW's falls with the width (alone 4e-3 at 128, 6.5e-4 at GPT-2's 768), Muon's does not.
-    Beside Muon AdamW has embedding, head and vectors alone, which bear, and want, four times the rate of all together."""
-    s.learning_rate = s.learning_rate or (2 if s.optimizer == "muon" else 0.5) / config.hidden_size
-    s.muon_learning_rate = s.muon_learning_rate or 0.005 * config.hidden_size * s.learning_rate
+    Beside Muon AdamW has embedding, head and vectors alone, which bear, and want, four times the rate of all together. With
+    µP they are those of the base width, and `decay_groups` does the rest."""
+    s.learning_rate = s.learning_rate or (2 if s.optimizer == "muon" else 0.5) / config.base_width
+    s.muon_learning_rate = s.muon_learning_rate or 0.005 * config.base_width * s.learning_rate
 
 
 def sequences_in(s: Settings, steps: int, batch: int) -> int:
@@ -1356,6 +1378,13 @@ def stop_profiler(profiler, folder: str):
         print(f"--profile {folder}: nothing was written; it takes the third to the fifth step, and there were fewer than three")
 
 
+def counts(config: Config, length: int) -> dict[str, int]:
+    """How large a model is, for those who read args.json alone: active_parameters leave out the experts that a token does not
+    go through."""
+    return {"parameters": num_parameters(config), "parameters_without_embeddings": num_parameters(config, embeddings=False),
+            "active_parameters": num_parameters(config, active=True), "flops_per_token": flops_per_token(config, length)}
+
+
 def open_run(s: Settings, saved: dict | None, config: Config, sources: dict, fingerprint: str, device) -> tuple[Path, dict, float]:
     """The run folder, what its args.json shall say, and the FLOP/s to measure utilization against. Made on rank 0 for all."""
     if saved is not None:
@@ -1369,7 +1398,9 @@ def open_run(s: Settings, saved: dict | None, config: Config, sources: dict, fin
             raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     dtype, peak = faster_dtype(s, device)
-    return out, {**asdict(s), "dtype": dtype, "config": asdict(config), "sources": sources, "data_fingerprint": fingerprint}, peak
+    length = s.sequence_length or config.max_position_embeddings
+    return out, {**asdict(s), "dtype": dtype, "config": asdict(config), "counts": counts(config, length), "sources": sources,
+                 "data_fingerprint": fingerprint}, peak
 
 
 def cut_log(out: Path, step: int, name: str = "log.jsonl"):
@@ -1460,8 +1491,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
     config, length = model.config, s.sequence_length or model.config.max_position_embeddings
     if s.document_mask and not isinstance(config.eos_token_id, int):
         raise ValueError("--document_mask needs a token that ends a document, and the data's tokenizer has none (or there is no tokenizer)")
-    streams = {kind: Mixture([TokenDataset(token_files(folder)[0], length, s.seed) for folder, _ in of_kind],
-                             [weight for _, weight in of_kind]) for kind, of_kind in sources.items() if of_kind}
+    streams = streams_of(sources, length, s.seed)
     validation = TokenDataset([file for folder, _ in sources["data"] for file in token_files(folder)[1]], length)
     datasets = [dataset for stream in streams.values() for dataset in stream.datasets]
     for dataset in (*datasets, validation):
@@ -1493,7 +1523,8 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         cut_log(out, step)
         write_atomically(out / "args.json", json.dumps(args, indent=2).encode())
     bytes_of = token_bytes(tokenizer, config.vocab_size) if tokenizer else None
-    kind = "flatlm (no architecture of transformers has these switches)" if model_type(config) == "flatlm" else model_type(config)
+    kind = model_type(replace(config, mup_base_width=None))              # of the export, whose weights hold µP's factor
+    kind = "flatlm (no architecture of transformers has these switches)" if kind == "flatlm" else kind
     say(f"model    {human(num_parameters(config))} parameters ({human(num_parameters(config, False))} without embedding and "
         f"head): {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}; {kind}\n"
         f"data     {sum(d.num_tokens for d in datasets):,} tokens to train on, {validation.num_tokens:,} to validate, in "
@@ -1591,7 +1622,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         if profiler:
             stop_profiler(profiler, s.profile)
         if position >= total:
-            validate(None)
+            validate(s.final_eval_tokens)
         save()
     interrupt.restore()
     ranks.stop()
@@ -1631,7 +1662,7 @@ def transformers_step(config: Config, device: torch.device, autocast) -> Callabl
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ValueError("--peer needs a package that is not installed: pip install transformers") from None
-    values = config_to_json(config)
+    values = config_to_json(replace(config, mup_base_width=None))        # whose factor costs nothing
     if values["model_type"] == "flatlm":
         raise ValueError("--peer: no architecture of transformers has these switches on")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).to(device)
@@ -1743,6 +1774,158 @@ def bench(argv: list[str]):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Whether rates carry over to other widths: python train.py coordinates
+
+# The slopes of log(change) against log(width) that count as level. Logits fall with the root of the width as long as the head's
+# random start, whose terms cancel, outweighs what it has learned; all that should not add up over the width grows.
+LEVEL = -0.6, 0.3
+
+
+def at_width(config: Config, width: int) -> dict[str, int]:
+    """Flags for a model like that of `config` that is `width` wide: more or fewer heads of the same size, sharing keys and
+    values as before, and a feed-forward network in proportion. ValueError for a width that has no such heads."""
+    sharing = config.num_attention_heads // config.num_key_value_heads
+    unit = config.head_dim * sharing
+    if width < 1 or width % unit:
+        heads = f"heads of {config.head_dim}" + (f", {sharing} to a key-value head" if sharing > 1 else "")
+        raise ValueError(f"--widths holds {width}, which is no multiple of {unit} ({heads}); {max(1, round(width / unit)) * unit} is")
+    return {"hidden_size": width, "num_attention_heads": width // config.head_dim, "num_key_value_heads": width // unit,
+            "intermediate_size": max(8, round(config.intermediate_size * width / config.hidden_size / 8) * 8)}
+
+
+@torch.no_grad()
+def activations(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What flows through a model, in evaluation mode, for tokens (B, S): what enters the first layer, what attention and
+    feed-forward network add in each, the last residual stream, the logits."""
+    seen, layers = {}, model.model["layers"]
+    first = lambda output: (output[0] if isinstance(output, tuple) else output).float()
+    note = lambda name: lambda module, inputs, output: seen.update({name: first(output)})
+    hooks = [layers[0].register_forward_pre_hook(lambda module, inputs: seen.update({"embedding": first(inputs)}))]
+    for i, layer in enumerate(layers):
+        hooks += [layer.self_attn.register_forward_hook(note(f"attention {i}")), layer.mlp.register_forward_hook(note(f"feed-forward {i}"))]
+    hooks.append(layers[-1].register_forward_hook(note("residual stream")))
+    model.eval()
+    try:
+        seen["logits"] = model(tokens).float()
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def coordinate_check(s: Settings, tokenizer: Tokenizer | None, stream: Mixture, device: torch.device) -> dict[str, dict[str, float]]:
+    """Train a model for s.steps in float32 at its full rates, and look at its first batch: by activation, the mean absolute value
+    at the "start" and at the "end", and that of its "change". (Tokens that it has not seen yet are nearly orthogonal to those
+    that it has, the more so the wider it is: their changes say nothing.)"""
+    model = make_model(s, tokenizer)
+    length = s.sequence_length or model.config.max_position_embeddings
+    batch, micro = split_batch(s, length, 1, 8)
+    setup = assemble(s, model, device, Ranks(), bfloat16=False)
+    tokens = stream.batch(0, min(batch, 4))[0].to(device)
+    before = activations(model, tokens)
+    for step in range(s.steps):
+        training_step(s, setup, micro_batches(stream, step * batch, batch, micro, device), batch, 1.0, step)
+    after, size = activations(model, tokens), lambda x: x.abs().mean().item()
+    return {name: {"start": size(x), "end": size(after[name]), "change": size(after[name] - x)} for name, x in before.items()}
+
+
+def slope(values: dict[int, float]) -> float:
+    """Of log(value) against log(width), by least squares: 0 where the width does not matter, 1 where values grow with it. Not a
+    number where a value is none, or not above 0."""
+    if not all(0 < value < math.inf for value in values.values()):
+        return math.nan
+    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
+
+
+def coordinates_table(sizes: dict[int, dict[str, dict[str, float]]], names: list[str], steps: int) -> list[list[str]]:
+    """Rows for the activations `names`, after the steps and what changed in them, from `sizes` by width, name and moment; with
+    the slope."""
+    rows = [["mean |activation|", *(f"width {width:,}" for width in sizes), "slope"]]
+    for moment, words in (("end", f"after {steps} steps"), ("change", "change")):
+        for name in names:
+            values = {width: of_width[name][moment] for width, of_width in sizes.items()}
+            rows.append([f"{name}, {words}", *(f"{value:.3g}" for value in values.values()), f"{slope(values):+.2f}"])
+    return rows
+
+
+def coordinates_verdict(sizes: dict[int, dict[str, dict[str, float]]]) -> str:
+    """In words, whether the changes of all activations are level over the widths."""
+    slopes = {name: slope({width: of_width[name]["change"] for width, of_width in sizes.items()}) for name in next(iter(sizes.values()))}
+    low, high = LEVEL
+    outside = {name: math.inf if math.isnan(s) else max(s - high, low - s) for name, s in slopes.items()}
+    worst = max(outside, key=outside.get)
+    if outside[worst] <= 0:
+        return f"level: the changes' slopes lie between {min(slopes.values()):+.2f} and {max(slopes.values()):+.2f} (allowed: {low} to {high})"
+    how = "is not finite" if math.isnan(slopes[worst]) else "grows with the width" if slopes[worst] > 0 else "shrinks with the width"
+    return f"not level: the change of {worst} {how}, slope {slopes[worst]:+.2f} (allowed: {low} to {high})"
+
+
+def draw_coordinates(sizes: dict[str, dict[int, dict]], path: Path):
+    """The change of each activation against the width, side by side for both parametrizations."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return print("no picture without matplotlib: pip install matplotlib")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, both = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for axes, (title, by_width) in zip(both, sizes.items()):
+        for name in next(iter(by_width.values())):
+            axes.plot(list(by_width), [of_width[name]["change"] for of_width in by_width.values()], "o-", ms=4, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="width", ylabel="mean |change of activation|", title=title)
+        axes.grid(alpha=0.3)
+    both[1].legend(fontsize=7)
+    save_picture(figure, path)
+
+
+def coordinates(argv: list[str]):
+    """The command `coordinates`: the check that Yang et al. 2022 (arXiv 2203.03466, appendix D.1) recommend for an
+    implementation of µP. What a step changes in the activations must not depend on the width."""
+    parser = settings_parser("train.py coordinates", "The coordinate check: train models of several widths for a few steps, all with "
+                             "the rate of the narrowest, once as they are and once by µP, and show how large activations and "
+                             "their changes are. Takes train.py's flags (AdamW, 10 steps of 256 tokens, in sequences of 128, "
+                             "unless given); --out is a folder for results.json and a picture.")
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256, 512], metavar="INT",
+                        help="at least two, the narrowest is µP's base (default: 64 128 256 512)")
+    given = given_flags(parser, argv)
+    widths = sorted(set(given.pop("widths")))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("coordinates is the work of one process; start it with python, without torchrun")
+    refuse_flags(given, {"mup_base_width": "the narrowest of --widths is the base", "init_from": "it has one width",
+                         "dtype": "they are in float32", **dict.fromkeys(("parallel", "tensor_parallel"), "they are in one process"),
+                         **dict.fromkeys(("resume", "tokens", "max_seconds", "stop_after"), "they are as long as --steps says")})
+    if len(widths) < 2:
+        raise ValueError(f"--widths {widths[0]} is one width; give at least two to compare")
+    out = given.pop("out", None)
+    given = {"optimizer": "adamw", "steps": 10, "batch_tokens": 256, "sequence_length": 128, "preset": "tiny", **given}
+    config = plan(given)[1]
+    shapes = {width: at_width(config, width) for width in widths}
+    s = plan({**given, **shapes[widths[0]]})[0]                          # with the rates that all take
+    device, sources = pick_device(s, Ranks()), prepare(s)
+    file = Path(sources["data"][0][0], "tokenizer.json")
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    stream = streams_of(sources, s.sequence_length, s.seed)["data"]
+    sizes = {"standard": {}, "µP": {}}
+    for kind, width in tqdm([(kind, width) for kind in sizes for width in widths], unit="model", leave=False):
+        base = widths[0] if kind == "µP" else None
+        sizes[kind][width] = coordinate_check(replace(s, **shapes[width], mup_base_width=base), tokenizer, stream, device)
+    middle = config.num_hidden_layers // 2
+    names = ["embedding", f"attention {middle}", f"feed-forward {middle}", "residual stream", "logits"]
+    print(f"{config.num_hidden_layers} layers, heads of {config.head_dim}, {s.steps} steps of {s.batch_tokens} tokens, {s.optimizer}, learning "
+          f"rate {s.learning_rate:.3g}" + (f" (Muon's {s.muon_learning_rate:.3g})" if s.optimizer == "muon" else "")
+          + " at all widths")
+    for kind, by_width in sizes.items():
+        print(f"\n{kind}" + (f", base width {widths[0]}" if kind == "µP" else ""))
+        print_table(coordinates_table(by_width, names, s.steps))
+    print("\n" + "\n".join(f"{kind + ':':10}{coordinates_verdict(by_width)}" for kind, by_width in sizes.items()))
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        content = {"command": "coordinates", "flags": given, "widths": widths, "sizes": sizes}
+        write_atomically(Path(out, "results.json"), json.dumps(content, indent=2).encode())
+        draw_coordinates(sizes, Path(out, "coordinates.png"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Many runs: python train.py sweep, python train.py ablate
 
 # What `ablate` compares: the recipe as it stands, and one switch away from it each.
@@ -1797,7 +1980,7 @@ def grid_flags(parser: Parser, argv: list[str], refused: dict[str, str], *own: s
     given = given_flags(parser, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several ranks cannot share a grid of runs; start it with python, without torchrun")
-    given.setdefault("eval_tokens", 8192)                                # on the way; the last evaluation takes all there are
+    given.setdefault("eval_tokens", 8192)                                # on the way
     refuse_flags(given, {"resume": (again := "the same command again goes on with its runs"), "stop_after": again, **refused})
     return given, [given.pop(name, None) for name in own]
 
@@ -1925,10 +2108,10 @@ def print_table(rows: list[list[str]]):
         print("   ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip())
 
 
-def sweep_table(losses: dict[int, dict[float, float | str]]) -> list[list[str]]:
-    """Rows for `losses` by batch size and learning rate, where words stand for a run without one: a star marks the best of a
-    batch size; the last row is the edge of stability, the largest rate below all that diverge."""
-    rows = [["learning rate", *(f"batch {batch:,}" for batch in losses)]]
+def sweep_table(losses: dict[int, dict[float, float | str]], kind: str = "batch") -> list[list[str]]:
+    """Rows for `losses` by batch size (or width) and learning rate, where words stand for a run without one: a star marks the
+    best of a column; the last row is the edge of stability, the largest rate below all that diverge."""
+    rows = [["learning rate", *(f"{kind} {size:,}" for size in losses)]]
     for rate in sorted({rate for column in losses.values() for rate in column}):
         rows.append([f"{rate:.3g}"])
         for column in losses.values():
@@ -1942,59 +2125,77 @@ def sweep_table(losses: dict[int, dict[float, float | str]]) -> list[list[str]]:
     return rows
 
 
-def draw_sweep(losses: dict[int, dict[float, float | str]], path: Path):
-    """Loss against learning rate, a line for each batch size; a cross at the top is a run that has none."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return print("no picture without matplotlib: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for batch, column in losses.items():
-        finished = sorted(rate for rate, loss in column.items() if not isinstance(loss, str))
-        line, = axes.plot(finished, [column[rate] for rate in finished], "o-", ms=4, label=f"batch of {batch:,} tokens")
-        failed = sorted(set(column) - set(finished))
-        axes.plot(failed, [1] * len(failed), "x", color=line.get_color(), transform=axes.get_xaxis_transform(), clip_on=False)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss in nats per token (crosses: diverged)")
-    axes.legend()
-    axes.grid(alpha=0.3)
+def save_picture(figure, path: Path):
+    """Write a matplotlib figure by way of a temporary name, whose suffix tells the format, and say where it is."""
     temporary = path.with_name(f"tmp.{os.getpid()}.{path.name}")
     figure.savefig(temporary, dpi=150, bbox_inches="tight")
     os.replace(temporary, path)
     print(path)
 
 
+def draw_sweep(losses: dict[int, dict[float, float | str]], path: Path, kind: str):
+    """Loss against learning rate, a line for each batch size or width; a cross at the top is a run that has none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return print("no picture without matplotlib: pip install matplotlib")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for size, column in losses.items():
+        finished = sorted(rate for rate, loss in column.items() if not isinstance(loss, str))
+        label = f"batch of {size:,} tokens" if kind == "batch" else f"width {size:,}"
+        line, = axes.plot(finished, [column[rate] for rate in finished], "o-", ms=4, label=label)
+        failed = sorted(set(column) - set(finished))
+        axes.plot(failed, [1] * len(failed), "x", color=line.get_color(), transform=axes.get_xaxis_transform(), clip_on=False)
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss in nats per token (crosses: diverged)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save_picture(figure, path)
+
+
 def sweep(argv: list[str]):
-    """The command `sweep`: a run for each learning rate and batch size, over equally many tokens."""
+    """The command `sweep`: a run for each learning rate and batch size, or width, over equally many tokens."""
     parser = settings_parser("train.py sweep", "Train at learning rates up to and past the edge of stability, and at batch sizes "
-                             "if given: a table and a picture of the losses. --out is the folder of all runs; other flags are "
-                             "passed on to each. Without --steps, --tokens, --max_seconds: a million tokens, 32 on a GPU.")
+                             "or widths if given: a table and a picture of the losses. --out is the folder of all runs; other "
+                             "flags are passed on to each. Without --steps, --tokens, --max_seconds: a million tokens, 32 on a GPU.")
     parser.add_argument("--learning_rates", nargs="+", type=float, metavar="FLOAT", help="none: from 1/16 to 16 times the one that "
-                        "a run would take, in factors of 2")
+                        "a run (the narrowest) would take, in factors of 2")
     parser.add_argument("--batch_sizes", nargs="+", type=int, metavar="INT", help="in tokens; none: the one that a run would take")
-    given, (rates, batches, keep) = grid_flags(parser, argv, {}, "learning_rates", "batch_sizes", "keep")
+    parser.add_argument("--widths", nargs="+", type=int, metavar="INT", help="instead of batch sizes: by the number of heads, all "
+                        "else in proportion")
+    given, (rates, batches, widths, keep) = grid_flags(parser, argv, {}, "learning_rates", "batch_sizes", "widths", "keep")
     refuse_flags(given, {"learning_rate": "--learning_rates are given"} if rates else {})
     refuse_flags(given, {"batch_tokens": "--batch_sizes are given"} if batches else {})
+    refuse_flags(given, {"init_from": "it has one width, and --widths are given"} if widths else {})
+    if widths and len(set(batches or [])) > 1:
+        raise ValueError(f"--batch_sizes {shlex.join(map(str, batches))} beside --widths: columns are one or the other; give one batch size")
     center, batch = given.pop("learning_rate", None), given.pop("batch_tokens", (batches or [None])[0])
-    settings, *_ = plan({**given, "learning_rate": center, "batch_tokens": batch})
+    settings, config, *_ = plan({**given, "learning_rate": center, "batch_tokens": batch})
+    kind, sizes = ("width", widths) if widths else ("batch", batches or [settings.batch_tokens])
+    columns = {size: at_width(config, size) if widths else {} for size in sorted(set(sizes))}
+    if widths:                                                           # rates must be the same for all
+        settings = plan({**given, "learning_rate": center, "batch_tokens": batch, **columns[min(columns)]})[0]
     rates = sorted(set(rates or (settings.learning_rate * 2.0 ** power for power in range(-4, 5))))
     if min(rates) <= 0:
         raise ValueError(f"--learning_rates holds {min(rates):g}; each must be above 0")
     if not {"steps", "tokens", "max_seconds"} & set(given):
         given["tokens"] = float(2 ** 20 if device_kind(settings) == "cpu" else 2 ** 25)
-    given.setdefault("out", f"sweeps/{settings.preset or Path(settings.init_from).name}")
-    batches = sorted(set(batches or [settings.batch_tokens]))
-    points = {f"batch_{batch}-lr_{rate}": (batch, rate) for batch in batches for rate in rates}
-    runs = {name: {"batch_tokens": batch, "learning_rate": rate} for name, (batch, rate) in points.items()}
+    given.setdefault("out", f"sweeps/{settings.preset or Path(settings.init_from).name}" + ("-widths" if widths else ""))
+    points = {f"{kind}_{size}-lr_{rate}": (size, rate) for size in columns for rate in rates}
+    runs = {name: {"batch_tokens": settings.batch_tokens if widths else size, "learning_rate": rate, **columns[size]}
+            for name, (size, rate) in points.items()}
+    if widths and settings.optimizer == "muon" and "muon_learning_rate" not in given:     # its default would grow with the width
+        for flags in runs.values():
+            flags["muon_learning_rate"] = settings.muon_learning_rate / settings.learning_rate * flags["learning_rate"]
 
     def show(out, results):
-        losses = {batch: {} for batch in batches}
+        losses = {size: {} for size in columns}
         for name, result in results.items():
-            batch, rate = points[name]
-            losses[batch][rate] = result.get("val_loss", result["outcome"])
-        print_table(sweep_table(losses))
-        print("validation loss in nats per token; *: the best of its batch size")
-        draw_sweep(losses, out / "sweep.png")
+            size, rate = points[name]
+            losses[size][rate] = result.get("val_loss", result["outcome"])
+        print_table(sweep_table(losses, kind))
+        print("validation loss in nats per token; *: the best of its " + ("width" if widths else "batch size"))
+        draw_sweep(losses, out / "sweep.png", kind)
         return {}
 
     run_grid("sweep", given, runs, keep, show)
@@ -2142,10 +2343,7 @@ def plot(runs: list[str], out: str):
     axes.set(xlabel="tokens", ylabel="loss in nats per token (dots: validation)")
     axes.legend()
     axes.grid(alpha=0.3)
-    temporary = Path(out).with_name(f"tmp.{os.getpid()}.{Path(out).name}")    # the suffix tells matplotlib the format
-    figure.savefig(temporary, dpi=150, bbox_inches="tight")
-    os.replace(temporary, out)
-    print(out)
+    save_picture(figure, Path(out))
 
 
 def describe(error: Exception) -> str:
@@ -2180,8 +2378,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict | None]:
     """The settings of a command line; with --resume those of the run, changed where they may be, and its args.json."""
     given = given_flags(settings_parser("train.py", (
         "Train a language model. Without flags: the whole pipeline on the text that Python carries, in about three minutes. `train.py plot "
-        "RUN...` draws loss curves, `train.py sweep` and `train.py ablate` make many runs and compare them, `train.py bench` measures "
-        "the speed.")), argv)
+        "RUN...` draws loss curves, `train.py sweep` and `train.py ablate` make many runs and compare them, `train.py coordinates` "
+        "checks µP, `train.py bench` measures the speed.")), argv)
     if "resume" not in given:
         return Settings(**given), None
     path = Path(given["resume"], "args.json")
@@ -2239,15 +2437,15 @@ def guarded(program: str, work: Callable):
 
 
 def command_line():
-    """A run, or `plot`, `sweep`, `ablate`, `bench`."""
+    """A run, or `plot`, `sweep`, `ablate`, `coordinates`, `bench`."""
     if sys.argv[1:2] == ["plot"]:
         parser = Parser(prog="train.py plot", allow_abbrev=False, description="Draw loss curves of runs (needs matplotlib).")
         parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
         parser.add_argument("--out", default="loss.png", help="the picture (default: loss.png)")
         args = parser.parse_args(sys.argv[2:])
         return plot(args.runs, args.out)
-    if sys.argv[1:2] in (["sweep"], ["ablate"], ["bench"]):
-        return {"sweep": sweep, "ablate": ablate, "bench": bench}[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1:2] in (["sweep"], ["ablate"], ["coordinates"], ["bench"]):
+        return {"sweep": sweep, "ablate": ablate, "coordinates": coordinates, "bench": bench}[sys.argv[1]](sys.argv[2:])
     settings, saved = parse(sys.argv[1:])
     out = train(settings, saved)
     gc.collect()

@@ -341,8 +341,8 @@ def spread_enough(runs: list[dict], law: str, least: int, *names: str):
 def interval(draws: np.ndarray, level: float = 0.9) -> tuple[float, float]:
     """The middle `level` of bootstrap draws; draws that came to nothing (not finite) are left out."""
     draws = np.asarray(draws, dtype=np.float64)
-    low, high = np.quantile(draws[np.isfinite(draws)], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    draws = draws[np.isfinite(draws)]
+    return tuple(map(float, np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))) if len(draws) else (math.nan, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -416,10 +416,10 @@ def parametric_law(theta: np.ndarray, parameters: np.ndarray, tokens: np.ndarray
 
 
 def published(law: Parametric, error: float) -> Parametric:
-    """A published law with draws for its intervals, which papers don't print: those of a refit of runs like Chinchilla's (five
-    of each budget from 6e18 to 3e21 FLOPs, a fifth to five times the best size), whose log losses scatter by `error`. The
-    theory of least squares gives their covariance: error² times the inverse of JᵀJ, J being the derivatives of the
-    predictions."""
+    """A published law with draws for its intervals, which papers don't print: those of a refit of runs like Chinchilla's (27 at
+    each of nine budgets from 6e18 to 3e21 FLOPs, from a fifth of the best size to five times it), whose log losses scatter by
+    `error`. The theory of least squares gives their covariance: error² times the inverse of JᵀJ, J being the derivatives of
+    the predictions."""
     budgets = np.repeat(np.geomspace(6e18, 3e21, 9), 27)
     parameters = law.optimum(budgets)[0] * np.tile(np.geomspace(0.2, 5, 27), 9)
     tokens = budgets / 6 / parameters
@@ -901,14 +901,15 @@ def shape_of(parameters: float, vocab_size: int = 32768, tied: bool | None = Non
 
     Every width is tried with the number of layers that comes nearest. The best one has little error in the count, and a width
     near 128 min(1, (N / 8e9)^(1/6)) times the layers: 64 in GPT-2, 128 in Llama 3 8B, never below 32. Heads of 128 from width
-    2048 on, of 64 from 256, of 32 from 64, of 16 below; 8 key-value heads from 7e9 parameters on, which share one each before;
+    2048 on, of 64 from 256, of 16 below (of 8 at 24); 8 key-value heads from 7e9 parameters on, as many as query heads before;
     embedding and head are one (tied) below 1e9. `tied`, `head_dim`, `layers` fix these. ValueError when none is within a
     fifth."""
     require(1e4, parameters=parameters)
     require(1, vocab_size=vocab_size)
     ratio, best = min(128, max(32, 128 * (parameters / 8e9) ** (1 / 6))), None
-    for width in range(16, 16 * int(16 + (parameters * ratio) ** (1 / 3) / 16), 16):      # twice the width that suits, and more
-        dim = head_dim or (128 if width >= 2048 else 64 if width >= 256 else 32 if width >= 64 and width % 32 == 0 else 16)
+    # up to twice the width that suits, and more; between 16 and 32 models double, so there is one of 24
+    for width in (24, *range(16, 16 * int(16 + (parameters * ratio) ** (1 / 3) / 16), 16)):
+        dim = head_dim or (128 if width >= 2048 else 64 if width >= 256 else 16 if width != 24 else 8)
         heads = width // dim
         groups = 8 if parameters >= 7e9 and head_dim is None else heads
         if width % dim or not heads or heads % groups or width >= 1024 and width % 256:    # large ones are to divide well
@@ -983,8 +984,8 @@ class TrainingAPI:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{self.folder} is in use by another TrainingAPI, which spends the same budget; wait, close it, or choose "
-                             "another folder") from None
+            raise ValueError(f"{self.folder} is in use by another process, or by a TrainingAPI that was not closed; wait, or "
+                             "choose another folder") from None
         path, runs = self.folder / "budget.json", json.loads(json.dumps(runner.describe()))
         before = json.loads(path.read_text())["runs"] if path.exists() else runs
         if before != runs:
@@ -1182,7 +1183,8 @@ class TrainRuns:
         both = sorted(set(question) & {"hidden_size", "num_hidden_layers", "num_attention_heads"})
         if both:
             raise ValueError(f"a question has parameters {question['parameters']:g} and {both[0]} {question[both[0]]}; give one of the two")
-        return shape_of(positive(question, "parameters"), self.vocab_size(), tied=True)
+        layers = self.flags.get("num_hidden_layers")
+        return shape_of(positive(question, "parameters"), self.vocab_size(), tied=True, layers=layers and int(layers))
 
     def steps(self, question: dict) -> tuple[int, int, float]:
         """How many steps its FLOPs make, with how many tokens each, at how many FLOPs a token."""
@@ -1236,7 +1238,7 @@ class TrainRuns:
             yield from (future.result() for future in as_completed([pool.submit(work, key) for key in order]))
         except BaseException:                                            # Ctrl-C, or a question that train.py refuses
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
+            for child in list(children):
                 child.send_signal(signal.SIGINT)                         # a terminal has told them already; twice does no harm
             raise
         finally:
@@ -1315,7 +1317,7 @@ def question_shape(question: dict) -> dict:
 
 def only_known(question: dict):
     """ValueError for a part of a question that a law or a table knows nothing of."""
-    known = ("flops", "parameters", "learning_rate", "hidden_size", "num_attention_heads", "vocab_size", *SHAPE_FLAGS)
+    known = ("flops", "parameters", "learning_rate", "seed", "vocab_size", *SHAPE_FLAGS)
     for name in question:
         if name not in known:
             raise ValueError(f"a question has {name} {question[name]!r}, which answers here do not depend on; known are {', '.join(known[:3])} "
@@ -1357,21 +1359,22 @@ def successive_halving(api: TrainingAPI, budgets: list[float], rates: list[float
     """Spend an API's budget on IsoFLOP profiles, the smallest budget first; returns the runs of the surviving rates, the best
     of each size.
 
-    At each level all `sizes`, spread around the expected optimum by a factor of 3 each way, are tried with all learning rates
+    At each level all `sizes`, spread around the expected optimum by a factor of 2 each way, are tried with all learning rates
     that are left; then the better half of the rates survives, and the sizes move to where this level's minimum says that the
     next one's will be (N ∝ √C, Hoffmann et al. 2022). Cheap runs so decide on the rates, dear ones see few of them (Jamieson
     and Talwalkar 2015, arXiv 1502.07943). Where the best stands at the edge of what was tried, one value beyond is asked for,
     if the budget allows."""
     center, runs, first = math.sqrt(budgets[0] / 120), [], len(rates)    # 20 tokens per parameter, to begin with
     for level, flops in enumerate(budgets):
-        wanted = [center * 3 ** step for step in np.linspace(-1, 1, sizes)]
+        wanted = [center * 2 ** step for step in np.linspace(-1, 1, sizes)]
         reserved = sum(sizes * rates_at(later, len(budgets), first) * budgets[later] for later in range(level + 1, len(budgets)))
         tried = {}                                                       # (size, rate): answer
 
         def ask(sizes_now, rates_now):
             pairs = [(size, rate) for size in sizes_now for rate in rates_now if (size, rate) not in tried]
             questions = [{"flops": flops, "parameters": size, **({"learning_rate": rate} if rate else {})} for size, rate in pairs]
-            if sum(api.price(**question) for question in questions) > (api.left - reserved if tried else api.left):
+            price = sum(api.price(**question) for question in questions)     # nothing, for what was asked before
+            if price and price > (api.left - reserved if tried else api.left):
                 return
             for pair, answer in zip(pairs, api.ask_all(questions)):
                 tried[pair] = {**answer, "learning_rate": pair[1]}
@@ -1410,29 +1413,34 @@ def successive_halving(api: TrainingAPI, budgets: list[float], rates: list[float
 
 def predict(runs: list[dict], flops: float, offer: Callable = lambda flops, size: (size, flops / 6 / size)) -> dict:
     """What the best model for `flops` will be: size, tokens, learning rate, loss, and the interval that nine single runs in ten
-    should fall into (the law's own, widened by the scatter of the runs about it). `offer(flops, size)`: parameters and tokens
-    of the run that can be had nearest to a size; C need not be 6 N D.
+    should fall into. `offer(flops, size)`: parameters and tokens of the run that can be had nearest to a size; C need not be 6
+    N D.
 
-    The size is that of the parabolas, the loss that of the parametric law, to which all runs speak: on runs simulated by known
-    laws (noise of 0.3%, four times beyond) it was off by 0.5% where the parabolas' minima, one for each budget, were off by
-    1.0%. Where one of the two cannot be fitted the other does both; `losses` has what each says."""
+    Size and loss are those of the parabolas, if there are four or more: what is asked for lies on the line of their minima,
+    while the parametric law is bent by runs far off it (of tiny models, whose losses don't have its form, it was off by 2 to 6%
+    four times beyond the sweep). Fewer minima cannot tell how their losses level off, so that the parametric law says the loss.
+    Which form is right nobody knows: the interval is that of both laws' draws, widened by the scatter of the runs about each.
+    Where one cannot be fitted the other does it all; `losses` has what each says."""
     require(POSITIVE, flops=flops)
     laws = {}
-    for name, fit in {"parametric law": fit_parametric, "parabolas": fit_isoflop}.items():
+    for name, fit in {"parabolas": fit_isoflop, "parametric law": fit_parametric}.items():
         with suppress(ValueError):
             laws[name] = fit(runs)
     if not laws:
         raise ValueError(f"{len(runs)} runs are too few for a law; raise the budget, or the number of levels")
-    name, law = next(iter(laws.items()))
-    size, tokens = offer(flops, float(laws.get("parabolas", law).optimum(flops)[0]))
+    size, tokens = offer(flops, float(next(iter(laws.values())).optimum(flops)[0]))
+    few = "parabolas" in laws and len(laws["parabolas"].optima) < 4
+    name = "parametric law" if few and "parametric law" in laws else next(iter(laws))
+    law = laws[name]
     loss_of = lambda law: law.best_loss(flops) if isinstance(law, IsoFlop) else law.loss(size, tokens)
-    scatter = (relative_residuals(list(profiles(runs).values())) if isinstance(law, IsoFlop) else
-               column(runs, "final_loss") / law.loss(column(runs, "parameters"), column(runs, "tokens")) - 1)
-    drawn = loss_of(law.draws)
+    scatter = {"parabolas": lambda law: relative_residuals(list(profiles(tuned(runs)).values())), "parametric law": lambda law: (
+        column(runs, "final_loss") / law.loss(column(runs, "parameters"), column(runs, "tokens")) - 1)}
+    random = np.random.default_rng(0)
+    drawn = [random.choice(loss_of(law.draws), 1000) * (1 + random.choice(scatter[name](law), 1000)) for name, law in laws.items()]
     best = min(runs, key=lambda run: (-run["compute_budget"], run["final_loss"]))
     return {"flops": flops, "parameters": size, "tokens": tokens, "learning_rate": best.get("learning_rate"),
-            "final_loss": float(loss_of(law)), "interval": interval(drawn * (1 + np.random.default_rng(0).choice(scatter, drawn.shape))),
-            "law": name, "losses": {name: float(loss_of(law)) for name, law in laws.items()},
+            "final_loss": float(loss_of(law)), "interval": interval(np.concatenate(drawn)), "law": name,
+            "losses": {name: float(loss_of(law)) for name, law in laws.items()},
             "beyond": flops / max(run["compute_budget"] for run in runs)}
 
 
@@ -1794,7 +1802,7 @@ def train_flags(words: list[str]) -> dict:
         else:
             flags[name] = word if flags[name] is True else [*np.atleast_1d(flags[name]).tolist(), word]
     for name in ("out", "resume", "steps", "tokens", "max_seconds", "learning_rate", "preset", "init_from", *SHAPE_FLAGS):
-        if name in flags:
+        if name in flags and name != "num_hidden_layers":                # which may be the same for all
             raise ValueError(f"--{name} cannot be passed on to all runs: each gets its own")
     return flags
 
@@ -1828,12 +1836,13 @@ def sweep_of(args, passed: list[str]) -> Sweep:
         sweep = Sweep(runner, runner, Path(args.out or f"runs/scaling-{args.law}-{args.noise:g}-{args.seed}"), args.budget or 1e21,
                       args.rates or [5e-4, 1e-3, 2e-3, 4e-3])
     else:
-        gpu = bool(visible_gpus())
-        flags = {"vocab_size": 512, "sequence_length": 512 if gpu else 128, "batch_tokens": 65536 if gpu else 2048, "mup_base_width": 64,
-                 "eval_every": 10 ** 9, "final_eval_tokens": 2 ** 16, **train_flags(passed)}
+        # what suits models of 1e5 parameters on 3e6 tokens, all that there are in Python's text, on a GPU too; of so small models those
+        # with one layer more are another family, and not larger ones of the same
+        flags = {"vocab_size": 512, "sequence_length": 128, "batch_tokens": 2048, "mup_base_width": 64, "eval_every": 10 ** 9,
+                 "final_eval_tokens": 2 ** 16, **(train_flags(passed) or {"num_hidden_layers": 2})}
         out = Path(args.out or "runs/scaling")
         sweep = Sweep(TrainRuns(out / "runs", flags, args.workers), TrainRuns(out / "held_out", flags, 1), out,
-                      args.budget or (1e17 if gpu else 1.1e13), args.rates or [0.03, 0.06, 0.12], counted="all matrix products")
+                      args.budget or 1.1e13, args.rates or [0.03, 0.06, 0.12], counted="all matrix products")
     counts = [args.sizes * rates_at(level, args.levels, len(sweep.rates)) for level in range(args.levels)]
     sweep.levels = ladder(sweep.budget, args.levels, 2.0, counts)
     sweep.target = args.target or 4 * sweep.levels[-1]
@@ -1847,7 +1856,7 @@ def spend(argv: list[str]):
         "times larger than any of them, make that run, and show the error. Without flags: tiny models on the text that Python carries, in "
         "about ten minutes on two cores. What has been run is not run again. Flags of train.py for all runs stand behind --, as in: "
         "scaling.py spend --budget 1e17 -- --data corpus/mine. Other commands: plan, fit, compare."))
-    parser.add_argument("--budget", type=number, help="FLOPs of the sweep (none: 1.1e13, on GPUs 1e17, with --law 1e21, of a table all it has)")
+    parser.add_argument("--budget", type=number, help="FLOPs of the sweep (none: 1.1e13, with --law 1e21, of a table all it has)")
     parser.add_argument("--target", type=number, help="FLOPs of the run to predict (none: 4 times the largest of the sweep; a table's largest)")
     parser.add_argument("--levels", type=whole, default=4, help="budgets at which there are profiles (default: 4)")
     parser.add_argument("--sizes", type=whole, default=5, help="model sizes in each (default: 5)")
@@ -1889,7 +1898,7 @@ def run_sweep(sweep: Sweep, sizes: int):
 
     wanted = predict(runs, sweep.target, sweep.runner.offer)
     rate = {} if wanted["learning_rate"] is None else {"learning_rate": wanted["learning_rate"]}
-    others = "".join(f"; the {name} say {loss:.4f}" for name, loss in wanted["losses"].items() if name != wanted["law"])
+    others = "".join(f"; the {name} says {loss:.4f}" for name, loss in wanted["losses"].items() if name != wanted["law"])
     print(f"\nprediction for {sweep.target:.3g} FLOPs, before the run: {short(wanted['parameters'])} parameters, {short(wanted['tokens'])} tokens"
           + "".join(f", learning rate {value:.3g}" for value in rate.values()) +
           f",\nloss {wanted['final_loss']:.4f} {between(*wanted['interval'], '.4f')} (nine runs in ten) by the {wanted['law']}{others}", flush=True)
@@ -1920,6 +1929,8 @@ def main():
     except KeyboardInterrupt:
         print("scaling.py: interrupted; all answers so far are kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                                              # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         told = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
         print(f"scaling.py: {told}", file=sys.stderr)

@@ -41,7 +41,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -155,14 +155,26 @@ def read_table(path: Path) -> list[dict]:
         if path.suffix == ".csv":
             rows = [{name: number(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = []
+            for number_of_line, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json_line(line, number_of_line))
         else:
             rows = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); runs come as .jsonl, .json or .csv, or as run folders") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds no list of objects; each run is one, with parameters, tokens or compute_budget, and final_loss")
     return rows
+
+
+def json_line(line: str, number_of_line: int) -> dict:
+    """A line of a .jsonl file; of a TrainingAPI's ledger question and answer together. ValueError says which line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number_of_line}: {error}") from None
+    return {**row["question"], **row["answer"]} if isinstance(row, dict) and {"question", "answer"} <= set(row) else row
 
 
 def read_folder(folder: Path, embeddings: bool, exact: bool) -> dict:
@@ -177,6 +189,8 @@ def read_folder(folder: Path, embeddings: bool, exact: bool) -> dict:
     # the schedule ends with the budget, and only a loss behind it counts
     if loss is None or any(args.get(name) is not None and amount < args[name] for name, amount in done.items()):
         raise ValueError(f"{folder} is not finished (step {last['step']}); go on with train.py --resume {folder}, or leave it out")
+    if last.get("skipped", 0) > last["step"] / 2:
+        raise ValueError(f"{folder} skipped {last['skipped']} of its {last['step']} steps as not finite; leave it out")
     if "counts" not in args:
         raise ValueError(f"{folder} was made by an older train.py, which counted nothing in args.json; run it again")
     counts = args["counts"]
@@ -184,6 +198,7 @@ def read_folder(folder: Path, embeddings: bool, exact: bool) -> dict:
     # of experts 6 N D means those that a token goes through
     flops = counts["flops_per_token"] if exact else 6 * (parameters - counts["parameters"] + counts["active_parameters"])
     settings = {name: value for name, value in args.items() if isinstance(value, (int, float, str))}
+    settings |= {"vocab_size": args.get("config", {}).get("vocab_size", args.get("vocab_size"))}
     return {**settings, "name": folder.name, "parameters": parameters, "tokens": tokens, "compute_budget": flops * tokens,
             "final_loss": loss}
 
@@ -199,6 +214,9 @@ def read_runs(sources, embeddings: bool = True, exact: bool = True, columns: dic
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source}: there is no such file or folder")
+        ledger = source / "ledger.jsonl"
+        if source.is_dir() and ledger.exists() and not any(source.rglob("args.json")):       # answers of a law or a table
+            source = ledger
         if not source.is_dir():
             named = [(f"{source}, row {i + 1}", named_columns(row, columns)) for i, row in enumerate(read_table(source))]
         else:
@@ -234,7 +252,12 @@ def checked_run(row: dict, where: str) -> dict:
         n, d, c = (run.get(name) for name in ("parameters", "tokens", "compute_budget"))
         run[missing[0]] = c / 6 / d if n is None else c / 6 / n if d is None else 6 * n * d
     n, d, c = (run[name] for name in ("parameters", "tokens", "compute_budget"))
-    wrong = (f"parameters are {n:g}: in millions?" if n < 1000 else f"tokens are {d:g}: in millions?" if d < 1000 else
+    derived = f"tokens, compute_budget / 6 / parameters," if missing == ["tokens"] else "parameters, compute_budget / 6 / tokens," if missing == [
+        "parameters"] else None
+    wrong = (f"{derived} are {min(n, d):.3g}: is a column in millions or billions?" if derived and min(n, d) < 1000 else
+             f"parameters are {n:g}: in millions or billions?" if n < 1000 else f"tokens are {d:g}: in millions or billions?" if d < 1000 else
+             f"final_loss is {run['final_loss']:g} nats per token, more than a guess among 1e13 tokens has: in other units?"
+             if run["final_loss"] > 30 else
              f"there are {d / n:.3g} tokens per parameter: is a column in millions?" if not 1e-3 < d / n < 1e6 else
              f"compute_budget is {c / (6 * n * d):.3g} times 6 N D: is a column in other units?" if not 0.2 < c / (6 * n * d) < 20 else None)
     if wrong:
@@ -298,17 +321,17 @@ def minimize(model: Callable, theta: np.ndarray, targets: np.ndarray, weights: n
     return theta, loss
 
 
-def fit_and_bootstrap(model: Callable, starts: np.ndarray, targets: np.ndarray, draws: int, seed: int,
-                      weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def fit_and_bootstrap(model: Callable, starts: np.ndarray, targets: np.ndarray, draws: int,
+                      seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The best end over all starts, (P); and the fits of `draws` samples of the runs with replacement, (draws, P). A sample is a
     weight for each run, how often it was drawn; its fit starts at the best end."""
     with np.errstate(all="ignore"):
-        weights = np.ones(len(targets)) if weights is None else weights
+        weights = np.ones(len(targets))
         ends, losses = minimize(model, starts, targets, weights)
         order = np.argsort(np.where(np.isfinite(losses), losses, np.inf))
         best, _ = minimize(model, ends[order[:1]], targets, weights, steps=1000)
         drawn = np.random.default_rng(seed).multinomial(len(targets), np.full(len(targets), 1 / len(targets)), draws)
-        return best[0], minimize(model, np.repeat(best, draws, 0), targets, drawn * weights)[0]
+        return best[0], minimize(model, np.repeat(best, draws, 0), targets, drawn)[0]
 
 
 def log_add(*terms: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -331,7 +354,8 @@ def column(runs: list[dict], name: str) -> np.ndarray:
 def spread_enough(runs: list[dict], law: str, least: int, *names: str):
     """ValueError unless there are `least` runs, and the named columns take three values at the least."""
     if len(runs) < least:
-        raise ValueError(f"{len(runs)} run(s) are too few for {law}, which needs {least}; make more runs")
+        raise ValueError(f"{len(runs)} run(s) are too few for {law}, which needs {least}; make more runs (of several learning rates at one size "
+                         "and budget the best counts)")
     for name in names:
         different = len(np.unique(np.round(np.log(column(runs, name)), 2)))
         if different < 3:
@@ -358,7 +382,7 @@ class Parametric:
     B: float
     alpha: float
     beta: float
-    draws: "Parametric | None" = None
+    draws: "Parametric | None" = field(default=None, repr=False, compare=False)
     largest: float | None = None
 
     def loss(self, parameters, tokens):
@@ -404,6 +428,9 @@ def fit_parametric(runs: list[dict], draws: int = 1000, seed: int = 0) -> Parame
                         alpha, beta] for share in (0.1, 0.3, 0.6, 0.9) for part in (0.1, 0.35, 0.65, 0.9)
                        for alpha in (0.1, 0.3, 0.6, 1.2) for beta in (0.1, 0.3, 0.6, 1.2)])
     best, drawn = fit_and_bootstrap(parametric_model(parameters, tokens), starts, np.log(loss), draws, seed)
+    if min(best[3:]) <= 0:
+        raise ValueError("the losses of these runs do not fall with both parameters and tokens, as the parametric law says; look for runs "
+                         "that went wrong, or add larger ones")
     law = lambda theta: parametric_law(theta, parameters, tokens)
     return replace(law(best), draws=law(drawn), largest=float((6 * parameters * tokens).max()))
 
@@ -439,7 +466,7 @@ class PowerLaw:
     offset: float
     factor: float
     exponent: float
-    draws: "PowerLaw | None" = None
+    draws: "PowerLaw | None" = field(default=None, repr=False, compare=False)
 
     def __call__(self, x):
         return self.offset + self.factor * x ** self.exponent
@@ -549,7 +576,7 @@ class IsoFlop:
     d_factor: float
     loss_law: PowerLaw
     optima: list = ()
-    draws: "IsoFlop | None" = None
+    draws: "IsoFlop | None" = field(default=None, repr=False, compare=False)
     largest: float | None = None
 
     def optimum(self, flops) -> tuple:
@@ -577,9 +604,10 @@ def fit_isoflop(runs: list[dict], method: str = "parabola", draws: int = 1000, s
     if len(groups) < 2:
         raise ValueError(f"there is {len(groups)} budget, and a law in the budget needs two or more IsoFLOP profiles; make runs at others")
     for flops, group in groups.items():
-        if len(best_of_each(group, "parameters")) < 3:
-            raise ValueError(f"the profile at {flops:.3g} FLOPs has {len(best_of_each(group, 'parameters'))} size(s), and needs 3; make more "
-                             "runs, or leave it out")
+        sizes, near = len(best_of_each(group, "parameters")), [c for c in groups if c != flops and 2 / 3 < c / flops < 1.5]
+        if sizes < 3:
+            raise ValueError(f"the profile at {flops:.3g} FLOPs has {sizes} size(s), and needs 3; make more runs, or leave it out" + (
+                f" (or was it to be one with {near[0]:.3g} FLOPs? A profile has one budget, to a few percent)" if near else ""))
     random = np.random.default_rng(seed)
     rows, drawn = [], []                                                 # at each budget N, D, loss; the same of the draws
     residuals = relative_residuals(list(groups.values()))
@@ -612,8 +640,12 @@ def fit_isoflop(runs: list[dict], method: str = "parabola", draws: int = 1000, s
         (n_factor, a), (d_factor, b) = straight_line(c, n), straight_line(c, d)
         return IsoFlop(a, b, n_factor, d_factor, losses, **more)
     optima = [dict(zip(("compute_budget", "parameters", "tokens", "final_loss"), map(float, row))) for row in rows.T]
-    return law(*rows[:3], loss_law, optima=optima, largest=float(rows[0].max()),
-               draws=law(*drawn[:3], refitted(loss_law, rows[0], drawn[3], offset)))
+    if drawn.shape[1]:
+        drawn_law = law(*drawn[:3], refitted(loss_law, rows[0], drawn[3], offset))
+    else:                                                                # nothing is known of the noise: no intervals
+        unknown = np.full(2, np.nan)
+        drawn_law = IsoFlop(unknown, unknown, unknown, unknown, PowerLaw(unknown, unknown, unknown))
+    return law(*rows[:3], loss_law, optima=optima, largest=float(rows[0].max()), draws=drawn_law)
 
 
 def refitted(law: PowerLaw, x: np.ndarray, y: np.ndarray, offset: bool) -> PowerLaw:
@@ -636,7 +668,7 @@ def relative_residuals(groups: list[list[dict]]) -> np.ndarray:
     """How far runs lie from their profiles' parabolas, relative to these, widened for the three numbers that each has fitted."""
     pulled = [(column(group, "final_loss") / smooth(group) - 1) * math.sqrt(len(group) / (len(group) - 3))
               for group in groups if len(group) > 3]
-    return np.concatenate(pulled) if pulled else np.zeros(1)
+    return np.concatenate(pulled) if pulled else np.full(1, np.nan)      # a parabola through three sizes leaves none over
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -650,7 +682,7 @@ class Kaplan:
     d_critical: float
     alpha_n: float
     alpha_d: float
-    draws: "Kaplan | None" = None
+    draws: "Kaplan | None" = field(default=None, repr=False, compare=False)
     largest: float | None = None
 
     def loss(self, parameters, tokens):
@@ -721,7 +753,7 @@ def compare_recipes(first: list[dict], second: list[dict], flops, fit: Callable 
     """Which of two families of runs (two architectures, two datasets, two optimizers) is better when both spend `flops`
     (several) as well as they can. Each row: the least losses, `difference` (first - second) with its 90% interval from the
     bootstraps of both, `winner` (None while the interval holds 0), and `multiplier`: how many times the FLOPs the second needs
-    for the first one's loss."""
+    for the first one's loss (0: less than can be told; None: out of its reach)."""
     require(POSITIVE, **{f"flops {c:g}": c for c in flops})
     laws, rows = [fit(first), fit(second)], []
     count = min(len(np.atleast_1d(law.best_loss(1e18))) for law in (laws[0].draws, laws[1].draws))
@@ -733,14 +765,14 @@ def compare_recipes(first: list[dict], second: list[dict], flops, fit: Callable 
         reached = laws[1].best_loss(grid) <= losses[0]
         rows.append({"flops": budget, "first": losses[0], "second": losses[1], "difference": losses[0] - losses[1],
                      "interval": (low, high), "winner": "first" if high < 0 else "second" if low > 0 else None,
-                     "multiplier": float(grid[reached.argmax()] / budget) if reached.any() and not reached[0] else None,
+                     "multiplier": 0.0 if reached[0] else float(grid[reached.argmax()] / budget) if reached.any() else None,
                      "beyond": budget / min(law.largest for law in laws)})
     return rows
 
 
 def fit_learning_rate(runs: list[dict], draws: int = 1000, seed: int = 0) -> PowerLaw:
     """The best learning rate as a power law of the FLOP budget, from runs with a `learning_rate`: at each budget, at its best
-    size, the minimum of a parabola in log rate. ValueError for fewer than 2 budgets that tried three rates at one size."""
+    size, the minimum of a parabola in log rate. ValueError for fewer than 3 budgets that tried three rates at one size."""
     runs = [run for run in runs if run.get("learning_rate") and run.get("final_loss", 0) is not None]
     best, runs = {}, [checked_run(run, f"run {i + 1}") for i, run in enumerate(runs)]
     for flops, group in profiles(runs).items():
@@ -752,14 +784,14 @@ def fit_learning_rate(runs: list[dict], draws: int = 1000, seed: int = 0) -> Pow
         rate, _, curvature = vertex(rates, column(tried, "final_loss"))
         inside = curvature > 0 and rates[0] <= rate <= rates[-1]
         best[flops] = float(rate if inside else min(tried, key=lambda run: run["final_loss"])["learning_rate"])
-    if len(best) < 2:
-        raise ValueError(f"{len(best)} budget(s) tried three learning rates at their best size; a law of the rate needs two such budgets")
+    if len(best) < 3:
+        raise ValueError(f"{len(best)} budget(s) tried three learning rates at their best size; a law of the rate needs three such budgets")
     return fit_power_law(list(best), list(best.values()), offset=False, draws=draws, seed=seed)
 
 
 LAWS = {                  # published
     # Besiroglu et al. 2024 (arXiv 2404.10102): Chinchilla's runs, read off its figures and fitted anew; an error of 0.015 gives the
-    # standard errors that they print, 0.02 of either exponent and 0.03 of E
+    # standard errors that they print of E, 0.03, and of the exponents, 0.02
     "chinchilla": published(Parametric(1.8172, 482.01, 2085.43, 0.3478, 0.3658), 0.015),
     # Hoffmann et al. 2022 (arXiv 2203.15556), as printed; rounded so far that it contradicts the paper's other two approaches
     "hoffmann": published(Parametric(1.69, 406.4, 410.7, 0.34, 0.28), 0.015)}
@@ -939,9 +971,10 @@ def learning_rate_and_batch(flops: float, multiple: int = 4096) -> tuple[float, 
     return 0.3118 * flops ** -0.1250, multiple * max(1, round(0.2920 * flops ** 0.3271 / multiple))
 
 
-def recipe(row: dict, gpu: str, gpus: int, mfu: float, vocab_size: int, sequence_length: int, rate_law: PowerLaw | None = None) -> dict:
+def recipe(row: dict, gpu: str, gpus: int, mfu: float, vocab_size: int, sequence_length: int, rate_law: PowerLaw | None = None,
+           shared: dict | None = None) -> dict:
     """How to train an alternative (see `predicted`): shape, exact counts and FLOPs, learning rate (by `rate_law`, if there is
-    one of own runs), batch, memory, commands."""
+    one of own runs, which belongs to their `shared` optimizer), batch, memory, commands."""
     shape = shape_of(row["parameters"], vocab_size)
     whole, inside = count(shape)
     held = memory(whole, gpu, gpus)
@@ -949,19 +982,21 @@ def recipe(row: dict, gpu: str, gpus: int, mfu: float, vocab_size: int, sequence
     rate, suggested = learning_rate_and_batch(counted, sequence_length)
     rate = rate_law(row["flops"]) if rate_law else rate
     _, batch = learning_rate_and_batch(counted, gpus * sequence_length)      # each GPU needs a sequence of the batch
+    optimizer = " ".join(f"--{key} {shared[key]}" for key in ("optimizer", "mup_base_width") if rate_law and shared and key in shared)
     node, tied = gpus if gpus <= 8 else math.gcd(gpus, 8), shape["tie_word_embeddings"]
     nodes = f"--nnodes={gpus // node} --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 " if gpus > node else ""
     sizes = " ".join(f"--{key} {shape[key]}" for key in ("hidden_size", "num_hidden_layers", "num_attention_heads",
                                                          "num_key_value_heads", "intermediate_size", "vocab_size"))
     work = f"--sequence_length {sequence_length} --batch_tokens {batch}"
     train = (f"torchrun {nodes}--nproc_per_node={node} train.py --data corpus/mine {sizes} --{'' if tied else 'no_'}tie_word_embeddings "
-             f"{work} --tokens {row['tokens']:.4g} --optimizer adamw --learning_rate {rate:.3g}"
+             f"{work} --tokens {row['tokens']:.4g} {optimizer if rate_law else '--optimizer adamw'} --learning_rate {rate:.3g}"
              + " --parallel fsdp" * (gpus > 1 and held["training_bytes"] > GPUS[gpu].memory / 2))
     ddp = (f"python ddp.py plan {sizes} --head_dim {shape['head_dim']}{' --tie_word_embeddings' * tied} {work} --gpus {gpus} "
            f"--gpus_per_node {node} --gpu {gpu} --mfu {mfu:g}")
     return {"shape": shape, "parameters": whole, "parameters_without_embeddings": inside, **held, "learning_rate": rate,
             "exact_flops": flops_per_token(shape, sequence_length) * row["tokens"], "batch_tokens": batch,
-            "suggested_batch_tokens": suggested, "steps": math.ceil(row["tokens"] / batch), "train": train, "ddp": ddp}
+            "suggested_batch_tokens": suggested, "steps": math.ceil(row["tokens"] / batch), "train": train, "ddp": ddp,
+            "rate_by": "your runs' power law, the batch by DeepSeek's" if rate_law else "DeepSeek's power laws, for AdamW"}
 
 # ------------------------------------------------------------------------------------------------------------------
 # A training API under a budget: ask what a run would give, pay for it in FLOPs
@@ -991,7 +1026,7 @@ class TrainingAPI:
         if before != runs:
             name = next(name for name in {**before, **runs} if before.get(name) != runs.get(name))
             raise ValueError(f"{self.folder} holds answers of other runs ({name} {before.get(name)}, and now {runs.get(name)}); choose "
-                             "another folder")
+                             "another folder (--out)")
         write_json(path, {"budget_flops": self.budget if self.budget < math.inf else None, "runs": runs})
         self.ledger = self.folder / "ledger.jsonl"
         # a line that a kill cut short was not paid
@@ -1051,10 +1086,15 @@ class TrainingAPI:
                              f"{self.budget:.3g}; ask for less, or raise the budget")
         with tqdm(total=len(new), unit="run", disable=None if len(new) > 1 else True, leave=False) as bar:
             for key, answer in self.runner.run_all(new):
-                with open(self.ledger, "a") as file:
-                    file.write(json.dumps({"question": json.loads(key), "answer": answer}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                size = self.ledger.stat().st_size
+                try:
+                    with open(self.ledger, "a") as file:
+                        file.write(json.dumps({"question": json.loads(key), "answer": answer}) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                except OSError:                                          # a full disk leaves no half of a line
+                    os.truncate(self.ledger, size)
+                    raise
                 self.answers[key] = answer
                 bar.update()
                 bar.set_postfix_str(f"{self.left:.3g} of {self.budget:.3g} FLOPs left")
@@ -1113,8 +1153,10 @@ class TableRuns:
     def nearest(self, question: dict) -> dict:
         """The run that answers; ValueError when none is near."""
         only_known(question)
+        if not self.runs:
+            raise ValueError("the table has no runs")
         flops, parameters = positive(question, "flops"), positive(question, "parameters")
-        rate = question.get("learning_rate")
+        rate = positive(question, "learning_rate") if question.get("learning_rate") is not None else None
         off = lambda run: abs(math.log(run["learning_rate"] / rate)) if rate and run.get("learning_rate") else 0.0
         near = [run for run in self.runs if abs(math.log(run["compute_budget"] / flops)) < math.log(1.1)]
         if not near:
@@ -1124,6 +1166,9 @@ class TableRuns:
         if abs(math.log(run["parameters"] / parameters)) > math.log(1.5):
             raise ValueError(f"at {flops:.3g} FLOPs the table has no model of {parameters:.3g} parameters; the nearest has "
                              f"{run['parameters']:.3g}")
+        if off(run) > math.log(1.5):
+            raise ValueError(f"at {flops:.3g} FLOPs and {run['parameters']:.3g} parameters the table has no learning rate near {rate:g}; the "
+                             f"nearest is {run['learning_rate']:g}")
         return run
 
     def price(self, question: dict) -> float:
@@ -1155,6 +1200,8 @@ class TrainRuns:
     4096}. A question holds `flops`, which become whole steps, either `parameters` (see `shape_of`) or the fields of a shape,
     and any other flag of train.py."""
 
+    COSTLY = ("feed_forward", "num_local_experts", "num_experts_per_tok", "sliding_window", "sliding_window_pattern", "batch_warmup")
+
     def __init__(self, folder, flags: dict, workers: int | None = None):
         self.folder, self.gpus = Path(folder), visible_gpus()
         self.flags = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()}
@@ -1170,7 +1217,8 @@ class TrainRuns:
 
     def vocab_size(self) -> int:
         """That of the tokenizer in --data, if it is a folder with one; else the one that train.py will train."""
-        path = Path(str(self.flags.get("data", "")), "tokenizer.json")
+        sources = self.flags.get("data") or ""
+        path = Path(sources[0] if isinstance(sources, list) else sources, "tokenizer.json")
         if not path.exists():
             return int(self.flags.get("vocab_size", 4096))
         tokenizer = json.loads(path.read_text())
@@ -1180,7 +1228,7 @@ class TrainRuns:
         """The model that a question asks for, under config.json's keys."""
         if "parameters" not in question:
             return question_shape({"vocab_size": self.vocab_size(), **self.flags, **question})
-        both = sorted(set(question) & {"hidden_size", "num_hidden_layers", "num_attention_heads"})
+        both = sorted(set(question) & set(SHAPE_FLAGS))
         if both:
             raise ValueError(f"a question has parameters {question['parameters']:g} and {both[0]} {question[both[0]]}; give one of the two")
         layers = self.flags.get("num_hidden_layers")
@@ -1188,10 +1236,13 @@ class TrainRuns:
 
     def steps(self, question: dict) -> tuple[int, int, float]:
         """How many steps its FLOPs make, with how many tokens each, at how many FLOPs a token."""
-        for name in ("feed_forward", "num_local_experts", "num_experts_per_tok", "sliding_window", "sliding_window_pattern"):
+        for name in self.COSTLY:
             if name in self.flags or name in question:
-                raise ValueError(f"{name} changes what a token costs, and the budget is kept in FLOPs of dense SwiGLU models that attend to all; "
+                raise ValueError(f"{name} changes what a run costs, and the budget is kept in FLOPs of dense SwiGLU models that attend to all; "
                                  "for others make runs with train.py, and fit their folders")
+        for name in ("vocab_size", "data", "out", "resume", "steps", "tokens", "max_seconds", "preset", "init_from"):
+            if name in question:
+                raise ValueError(f"a question has {name} {question[name]}; it is the same for all runs, or follows from flops and parameters")
         batch = int(question.get("batch_tokens", self.flags["batch_tokens"]))
         per_token = flops_per_token(self.shape(question), int(question.get("sequence_length", self.flags["sequence_length"])))
         steps = int(positive(question, "flops") / per_token / batch)
@@ -1232,10 +1283,14 @@ class TrainRuns:
 
         pool = ThreadPoolExecutor(self.workers)
         try:
-            if order and not self.text_is_ready:                         # the shortest goes ahead
-                yield pool.submit(work, order.pop()).result()
-                self.text_is_ready = True
-            yield from (future.result() for future in as_completed([pool.submit(work, key) for key in order]))
+            ahead = [order.pop()] if order and not self.text_is_ready else []            # the shortest one, alone
+            for keys in (ahead, order):
+                for future in as_completed([pool.submit(work, key) for key in keys]):
+                    key, answer = future.result()
+                    self.text_is_ready = True
+                    yield key, answer                                    # it is in the ledger when we go on: the answer is what is kept
+                    shutil.rmtree(Path(answer["folder"], "state"), ignore_errors=True)
+                    Path(answer["folder"], "model.safetensors").unlink(missing_ok=True)
         except BaseException:                                            # Ctrl-C, or a question that train.py refuses
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
@@ -1259,10 +1314,15 @@ class TrainRuns:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a") as file:
+        with open(folder / "lock", "a") as lock, open(folder / "output.txt", "a") as file:
+            try:                                                         # the child holds it, too, should this process be killed
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{folder}: a run that a killed process left behind is still at work; wait for its end, or end it") from None
             print("$ python train.py", shlex.join(words), file=file, flush=True)
             program = [sys.executable, "-u", str(Path(__file__).with_name("train.py"))]
-            child = subprocess.Popen([*program, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+            child = subprocess.Popen([*program, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+                                     pass_fds=(lock.fileno(),))
             children.append(child)
             code = child.wait()
             children.remove(child)
@@ -1271,9 +1331,8 @@ class TrainRuns:
         last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1]
         if code and not (code == 1 and "not finite" in last):
             raise ValueError(f"the run in {folder} failed: {last}")
-        loss = json.loads((folder / "log.jsonl").read_text().split("\n")[-2])["val_loss"] if code == 0 else None
-        for file in ("state", "model.safetensors"):                      # the answer is what is kept
-            shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink(missing_ok=True)
+        record = json.loads((folder / "log.jsonl").read_text().split("\n")[-2]) if code == 0 else {}
+        loss = None if record.get("skipped", 0) > steps / 2 else record.get("val_loss")
         return {"parameters": whole, "parameters_without_embeddings": inside, "tokens": steps * batch, "compute_budget": flops,
                 "final_loss": loss if loss is not None and math.isfinite(loss) else None, "folder": str(folder)}
 
@@ -1307,6 +1366,8 @@ def question_shape(question: dict) -> dict:
     for name in ("hidden_size", "num_hidden_layers"):
         if name not in question:
             raise ValueError(f"a question has neither parameters nor {name}; give parameters, or hidden_size and num_hidden_layers")
+    for name in ("hidden_size", "num_hidden_layers"):
+        require(1, **{f"a question's {name}": float(question[name])})
     hidden = int(question["hidden_size"])
     heads = int(question.get("num_attention_heads") or max(1, hidden // 64))
     return {"hidden_size": hidden, "num_hidden_layers": int(question["num_hidden_layers"]), "num_attention_heads": heads,
@@ -1380,9 +1441,9 @@ def successive_halving(api: TrainingAPI, budgets: list[float], rates: list[float
                 tried[pair] = {**answer, "learning_rate": pair[1]}
 
         there = api.runner.sizes(flops, wanted)
-        if not there:
-            raise ValueError(f"at {flops:.3g} FLOPs there is no model of {wanted[0]:.3g} to {wanted[-1]:.3g} parameters that could be run; take "
-                             "another budget, or a smaller vocabulary")
+        if len(there) < 3:
+            raise ValueError(f"at {flops:.3g} FLOPs {len(there)} of {sizes} models from {wanted[0]:.3g} to {wanted[-1]:.3g} parameters can be "
+                             "had, and a parabola needs 3; take a larger budget, or a smaller vocabulary")
         ask(there, rates)
         if not tried:
             raise ValueError(f"{len(there) * len(rates)} runs of {flops:.3g} FLOPs exceed the {api.left:.3g} that are left of a budget of "
@@ -1412,36 +1473,34 @@ def successive_halving(api: TrainingAPI, budgets: list[float], rates: list[float
 
 
 def predict(runs: list[dict], flops: float, offer: Callable = lambda flops, size: (size, flops / 6 / size)) -> dict:
-    """What the best model for `flops` will be: size, tokens, learning rate, loss, and the interval that nine single runs in ten
-    should fall into. `offer(flops, size)`: parameters and tokens of the run that can be had nearest to a size; C need not be 6
-    N D.
+    """What the best model for `flops` will be: size, tokens, learning rate, loss, and an interval. `offer(flops, size)`:
+    parameters and tokens of the run that can be had nearest to a size; C need not be 6 N D.
 
-    Size and loss are those of the parabolas, if there are four or more: what is asked for lies on the line of their minima,
-    while the parametric law is bent by runs far off it (of tiny models, whose losses don't have its form, it was off by 2 to 6%
-    four times beyond the sweep). Fewer minima cannot tell how their losses level off, so that the parametric law says the loss.
-    Which form is right nobody knows: the interval is that of both laws' draws, widened by the scatter of the runs about each.
-    Where one cannot be fitted the other does it all; `losses` has what each says."""
+    The size is that of the parabolas, the loss the mean of what they and the parametric law say (`losses`), as forecasts whose
+    errors differ do better together (Bates and Granger 1969): on runs simulated by known laws the second is the better, on tiny
+    models, whose losses do not have its form, the first. Fewer than four minima cannot tell how their losses level off, and do
+    not count. Which form is right nobody knows: the interval is that of both laws' draws, widened by the scatter of the runs
+    about each."""
     require(POSITIVE, flops=flops)
-    laws = {}
+    runs, laws = tuned(runs), {}
     for name, fit in {"parabolas": fit_isoflop, "parametric law": fit_parametric}.items():
         with suppress(ValueError):
             laws[name] = fit(runs)
     if not laws:
         raise ValueError(f"{len(runs)} runs are too few for a law; raise the budget, or the number of levels")
     size, tokens = offer(flops, float(next(iter(laws.values())).optimum(flops)[0]))
-    few = "parabolas" in laws and len(laws["parabolas"].optima) < 4
-    name = "parametric law" if few and "parametric law" in laws else next(iter(laws))
-    law = laws[name]
+    if len(laws) == 2 and len(laws["parabolas"].optima) < 4:
+        del laws["parabolas"]
     loss_of = lambda law: law.best_loss(flops) if isinstance(law, IsoFlop) else law.loss(size, tokens)
-    scatter = {"parabolas": lambda law: relative_residuals(list(profiles(tuned(runs)).values())), "parametric law": lambda law: (
+    scatter = {"parabolas": lambda law: relative_residuals(list(profiles(runs).values())), "parametric law": lambda law: (
         column(runs, "final_loss") / law.loss(column(runs, "parameters"), column(runs, "tokens")) - 1)}
-    random = np.random.default_rng(0)
+    random, losses = np.random.default_rng(0), {name: float(loss_of(law)) for name, law in laws.items()}
     drawn = [random.choice(loss_of(law.draws), 1000) * (1 + random.choice(scatter[name](law), 1000)) for name, law in laws.items()]
-    best = min(runs, key=lambda run: (-run["compute_budget"], run["final_loss"]))
+    largest = max(run["compute_budget"] for run in runs)                 # whole steps make budgets differ by a percent or so
+    best = min([run for run in runs if run["compute_budget"] > largest / 1.1], key=lambda run: run["final_loss"])
     return {"flops": flops, "parameters": size, "tokens": tokens, "learning_rate": best.get("learning_rate"),
-            "final_loss": float(loss_of(law)), "interval": interval(np.concatenate(drawn)), "law": name,
-            "losses": {name: float(loss_of(law)) for name, law in laws.items()},
-            "beyond": flops / max(run["compute_budget"] for run in runs)}
+            "final_loss": float(np.mean(list(losses.values()))), "interval": interval(np.concatenate(drawn)), "losses": losses,
+            "beyond": flops / largest}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1483,7 +1542,7 @@ def table_of(name: str, answers: dict[str, dict]) -> list[list[str]]:
     return [["" if i else name, what, f"{answer['value']:.4g}", between(*answer["interval"])] for i, (what, answer) in enumerate(answers.items())]
 
 
-def fit_table(runs: list[dict], flops: list[float], only: str | None = None) -> dict:
+def fit_table(runs: list[dict], flops: list[float], only: str | None = None, tried: list[dict] | None = None) -> dict:
     """Print all laws that these runs allow, side by side: their numbers, what they say of the budgets in `flops`, and their
     error on the largest budget when they are fitted to the others. Returns the numbers. ValueError when none can be fitted."""
     rows, numbers, reasons = [["law", "what", "value", "90% interval"]], {}, {}
@@ -1501,7 +1560,7 @@ def fit_table(runs: list[dict], flops: list[float], only: str | None = None) -> 
     if not numbers:
         raise ValueError(next(iter(reasons.values())))
     with suppress(ValueError):                                           # few runs try several rates
-        law = fit_learning_rate(runs)
+        law = fit_learning_rate(tried or runs)
         asked = {"exponent": lambda law: law.exponent, **{f"rate at {c:.3g}": lambda law, c=c: law(c) for c in flops}}
         rows += table_of("learning rate", answered(law, asked))
         numbers["learning rate"] = answered(law, asked)
@@ -1593,7 +1652,8 @@ def runs_of(sources: list[str], args) -> list[dict]:
 def counting(args) -> str:
     """What N and C mean in a table."""
     return (f"N: parameters, {'without' if args.no_embeddings else 'with'} embedding and head; C: FLOPs, "
-            f"{'6 N D' if args.six_nd else 'all matrix products'} (of run folders; tables count as they do); D: tokens; loss: nats per token")
+            f"{'6 N D' if args.six_nd else 'all matrix products'} (of run folders; tables count as they do); D: tokens; loss: nats per token. "
+            "The parametric law and Kaplan's take C for 6 N D")
 
 
 def fit_command(argv: list[str]):
@@ -1622,7 +1682,13 @@ def fit_command(argv: list[str]):
         law = fit_power_law(x, y)
         asked = {name: lambda law, name=name: getattr(law, name) for name in ("offset", "factor", "exponent")}
         numbers = answered(law, asked | {f"{args.y} at {c:.3g}": lambda law, c=c: law(c) for c in args.flops})
-        print_table([["law", "what", "value", "90% interval"], *table_of(f"{args.y} = offset + factor · {args.x}^exponent", numbers)])
+        rows = [["law", "what", "value", "90% interval"], *table_of(f"{args.y} = offset + factor · {args.x}^exponent", numbers)]
+        inside = x < x.max() / 1.001
+        with suppress(ValueError):                                       # too few to leave some out
+            error = np.abs(fit_power_law(x[inside], y[inside], draws=2)(x[~inside]) / y[~inside] - 1).mean()
+            numbers["held_out"] = {"largest": float(x.max()), "error": float(error)}
+            rows.append(["", f"error at {x.max():.3g}, held out", f"{error:.2%}", ""])
+        print_table(rows)
     else:
         x, numbers = column(runs, "compute_budget"), fit_table(runs, args.flops, args.law)
     warn_if_far(args.flops, float(x.max()))
@@ -1652,7 +1718,7 @@ def compare_command(argv: list[str]):
     print_table([["FLOPs", first, second, "difference", "90% interval", "wins", f"FLOPs that {second} needs for the same"]] + [
         [f"{row['flops']:.3g}", f"{row['first']:.4f}", f"{row['second']:.4f}", f"{row['difference']:+.4f}", between(*row["interval"], "+.4f"),
          {"first": first, "second": second, None: "neither"}[row["winner"]],
-         f"{row['multiplier']:.3g} times" if row["multiplier"] else "out of reach"] for row in results])
+         "out of reach" if row["multiplier"] is None else f"{row['multiplier']:.3g} times" if row["multiplier"] else "next to none"] for row in results])
     warn_if_far([row["flops"] for row in results], largest)
 
 
@@ -1675,6 +1741,8 @@ def budget(args) -> float:
     if flops and given and abs(given / flops - 1) > 0.01:
         raise ValueError(f"--parameters {n:g} on --tokens {args.tokens:g} take 6 N D = {given:.3g} FLOPs, and the budget is "
                          f"{flops:.3g}; leave one of the three out")
+    if args.tokens and args.tokens < 1e4:
+        raise ValueError(f"--tokens is {args.tokens:g}, fewer than a model learns from; for billions write {args.tokens:g}B")
     return flops or given
 
 
@@ -1691,6 +1759,22 @@ def alternatives(law, flops: float, args) -> dict[str, dict]:
     return rows
 
 
+def shared_settings(runs: list[dict]) -> dict:
+    """Settings of train.py that all runs have alike."""
+    first = runs[0] if runs else {}
+    names = ("optimizer", "mup_base_width", "vocab_size", "sequence_length")
+    return {name: first[name] for name in names if first.get(name) is not None and all(run.get(name) == first[name] for run in runs)}
+
+
+def by_parabolas(runs: list[dict], flops: float) -> dict:
+    """The row that IsoFLOP profiles in own runs add: they need not agree with the parametric law. ValueError where there are
+    none."""
+    law = fit_isoflop(runs)
+    size, tokens = map(float, law.optimum(flops))
+    return {"parameters": size, "tokens": tokens, "flops": flops, "epochs": 1.0, "loss": float(law.best_loss(flops)),
+            "interval": law.interval(lambda law: law.best_loss(flops))}
+
+
 def warnings(law, row: dict, made: dict, args) -> list[str]:
     """What to be careful about, a line each."""
     between = f"; 90% of refits say {row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else ""
@@ -1699,14 +1783,17 @@ def warnings(law, row: dict, made: dict, args) -> list[str]:
         (row["flops"] > 10 * most, f"the loss extrapolates {digits(row['flops'] / most)} times beyond the largest run that the law was "
                                    f"fitted on, {most:.2g} FLOPs{between}"),
         (row["epochs"] > 16, f"{digits(row['epochs'])} epochs: beyond 16 or so another adds little, beyond 40 nothing; spend less"),
+        (args.hours and made["exact_flops"] > 1.05 * row["flops"], f"attention and head make it {made['exact_flops'] / row['flops']:.2f} times 6 N D, "
+         f"which an MFU measured by train.py counts: {digits(made['exact_days'])} days and not {digits(row['cost']['days'])}; --hours less, or --flops"),
         (few > args.gpus, f"{args.gpus} {args.gpu} cannot hold the model in training; {few} or more can"),
         (batch > 1.5, f"a sequence for each GPU makes the batch {batch:.2g} times what the power law says; see --tensor_parallel")) if holds]
 
 
 def plan(argv: list[str]):
     """python scaling.py plan: what to train with a budget, what it will reach, and what it costs."""
-    parser = Parser(prog="scaling.py plan", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="How large a model, on how many tokens, which loss, at what cost. Numbers as 1e23, 405B, 15.6T, 64k.")
+    parser = Parser(prog="scaling.py plan", allow_abbrev=False,
+                    description="How large a model, on how many tokens, which loss, at what cost. Numbers as 1e23, 405B, 15.6T, 64k. "
+                    "The last row asked for is spelt out.")
     for name, kind, default, text in (
             ("flops", number, None, "the budget; or by --gpus and --hours, or by --parameters and --tokens"),
             ("gpus", whole, None, "GPUs that share the work (none: 8)"), ("hours", number, None, "hours that they are there"),
@@ -1716,11 +1803,12 @@ def plan(argv: list[str]):
             ("tokens", number, None, "a row for so many tokens; with --parameters for both"),
             ("served_tokens", number, None, "a row for the model that takes least to train and to serve so many tokens"),
             ("unique_tokens", number, None, "a row for this much text, repeated where it is too little"),
-            ("vocab_size", whole, 32768, "the tokenizer's"), ("sequence_length", whole, 4096, "tokens of a sequence"),
+            ("vocab_size", whole, None, "the tokenizer's (none: that of the runs, or 32768)"),
+            ("sequence_length", whole, None, "tokens of a sequence (none: that of the runs, or 4096)"),
             ("dollars_per_hour", number, None, "price of a GPU (none: an assumption, 2 for h100)"),
             ("watts", number, None, "power of a GPU (none: the data sheet's)"), ("kg_co2_per_kwh", number, 0.24, "of the grid"),
             ("pue", number, 1.0, "what the building draws for each watt of the GPUs"), ("json", str, None, "write all numbers here")):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text + f" (default: {default})" * (default is not None))
     parser.add_argument("--runs", nargs="+", metavar="RUNS", help="fit the law to these runs instead: tables, run folders, folders of those")
     add_run_flags(parser)
     args = parser.parse_args(argv)
@@ -1730,17 +1818,25 @@ def plan(argv: list[str]):
         runs = runs_of(args.runs, args) if args.runs else []
         law = fit_parametric(runs) if runs else look_up(LAWS, args.law or "chinchilla", "--law")
         flops, args.gpus = budget(args), args.gpus or 8
-        rows = alternatives(law, flops, args)
+        shared = shared_settings(runs)
+        args.vocab_size = args.vocab_size or int(shared.get("vocab_size", 32768))
+        args.sequence_length = args.sequence_length or int(shared.get("sequence_length", 4096))
+        rows = {}
+        with suppress(ValueError):                           # own runs may make profiles
+            rows["parabolas"] = by_parabolas(runs, flops)
+        rows |= alternatives(law, flops, args)
         prices = {key: getattr(args, key) for key in "gpu gpus mfu dollars_per_hour pue kg_co2_per_kwh watts".split()}
         for row in rows.values():
             row["cost"] = cost(row["flops"], **prices)
         rate_law = None
         with suppress(ValueError):                           # few runs try several rates
             rate_law = fit_learning_rate(runs)
-        made = recipe(row, *(getattr(args, key) for key in "gpu gpus mfu vocab_size sequence_length".split()), rate_law)
-        made["rate_by"] = "your runs' power law, the batch by DeepSeek's" if rate_law else "DeepSeek's power laws"
-        made["exact_days"] = cost(made["exact_flops"], **prices)["days"]
-        made["warnings"] = warnings(law, row, made, args)
+        try:
+            made = recipe(row, *(getattr(args, key) for key in "gpu gpus mfu vocab_size sequence_length".split()), rate_law, shared)
+            made["exact_days"] = cost(made["exact_flops"], **prices)["days"]
+            made["warnings"] = warnings(law, row, made, args)
+        except ValueError as error:                          # too small a model for its vocabulary
+            made = {"warnings": [f"no shape: {error}"]}
         name = f"fitted to {len(runs)} runs" if runs else args.law or "chinchilla"
         fitted = {"name": name, **{key: getattr(law, key) for key in "E A B alpha beta largest".split()}}
         if args.json:
@@ -1752,7 +1848,7 @@ def plan(argv: list[str]):
 
 def show_plan(law: dict, flops: float, rows: dict, made: dict, args):
     """Print the table, and the last row in full."""
-    gpu, shape, price = GPUS[args.gpu], made["shape"], lambda row: (digits(row["cost"]["days"]), short(row["cost"]["dollars"]))
+    gpu, price = GPUS[args.gpu], lambda row: (digits(row["cost"]["days"]), short(row["cost"]["dollars"]))
     law = "{name}: {E:.5g} + {A:.6g} / N^{alpha:.4g} + {B:.6g} / D^{beta:.4g}".format(**law)
     print(f"budget   {flops:.3g} FLOPs; days on {args.gpus:,} {args.gpu} at {args.mfu:.0%} of {gpu.flops / 1e12:g} TFLOP/s\n"
           f"law      {law} nats per token; FLOPs 6 N D\n         N parameters, embedding and head counted; D tokens\n")
@@ -1767,10 +1863,13 @@ def show_plan(law: dict, flops: float, rows: dict, made: dict, args):
     for row in rows.values():
         if "saved_flops" in row:
             print(f"inference-aware: {row['total_flops']:.3g} FLOPs to train and to serve {short(args.served_tokens)} tokens, "
-                  f"{row['saved_flops'] / (row['total_flops'] + row['saved_flops']):.0%} less than compute-optimal\n")
+                  f"{row['saved_flops'] / (row['total_flops'] + row['saved_flops']):.0%} less than compute-optimal, for the same loss\n")
         if "unlimited_loss" in row:
-            print(f"data-limited: {digits(row['epochs'])} epochs of {short(args.unique_tokens)} tokens; fresh ones would give "
-                  f"{row['unlimited_loss']:.3f}\n")
+            print(f"data-limited: {digits(row['tokens'] / args.unique_tokens)} epochs of {short(args.unique_tokens)} tokens; fresh ones would "
+                  f"give {row['unlimited_loss']:.3f}\n")
+    if "shape" not in made:
+        return print(f"{title}: {made['warnings'][0]}")
+    shape = made["shape"]
     spent, watts, gb = row["cost"], gpu.watts if args.watts is None else args.watts, lambda key: f"{digits(made[key] / 1e9)} GB"
     print(f"{title}, in full\n"
           f"shape    {shape['num_hidden_layers']} layers, width {shape['hidden_size']}, {shape['num_attention_heads']} heads of "
@@ -1779,9 +1878,9 @@ def show_plan(law: dict, flops: float, rows: dict, made: dict, args):
           f"counts   {made['parameters']:,} parameters, {made['parameters_without_embeddings']:,} without embedding and head\n"
           f"FLOPs    {row['flops']:.3g} by 6 N D; of this shape, with attention over {args.sequence_length:,}, exactly "
           f"{made['exact_flops']:.3g}: {digits(made['exact_days'])} days\n"
-          f"rates    AdamW at {made['learning_rate']:.2e}, {made['steps']:,} batches of {made['batch_tokens']:,} tokens ({made['rate_by']})\n"
-          f"memory   weights, gradients and moments {gb('training_bytes')}, {gb('bytes_per_gpu')} on each of {args.gpus:,} GPUs "
-          f"(at least {made['least_gpus']}), activations on top; inference {gb('inference_bytes')}\n"
+          f"rates    learning rate {made['learning_rate']:.2e}, {made['steps']:,} batches of {made['batch_tokens']:,} tokens ({made['rate_by']})\n"
+          f"memory   weights, gradients and moments {gb('training_bytes')}, {gb('bytes_per_gpu')} on each of {args.gpus:,} GPUs if "
+          f"they divide them (--parallel fsdp; {made['least_gpus']} or more must), activations on top; inference {gb('inference_bytes')}\n"
           f"cost     {short(spent['gpu_hours'])} GPU hours, {short(spent['dollars'])} dollars at {spent['dollars'] / spent['gpu_hours']:g} "
           f"an hour; {short(spent['kwh'])} kWh at {watts:g} W and a PUE of {args.pue:g}; {digits(spent['co2_tonnes'])} t of CO2 at "
           f"{args.kg_co2_per_kwh:g} kg/kWh\n\n$ {made['train']}\n$ {made['ddp']}", *(f"careful: {text}" for text in made["warnings"]), sep="\n")
@@ -1840,9 +1939,13 @@ def sweep_of(args, passed: list[str]) -> Sweep:
         # with one layer more are another family, and not larger ones of the same
         flags = {"vocab_size": 512, "sequence_length": 128, "batch_tokens": 2048, "mup_base_width": 64, "eval_every": 10 ** 9,
                  "final_eval_tokens": 2 ** 16, **(train_flags(passed) or {"num_hidden_layers": 2})}
-        out = Path(args.out or "runs/scaling")
+        if Path(str(flags.get("data", "")), "tokenizer.json").exists():
+            del flags["vocab_size"]                                      # the folder's counts
+        name = "-" + hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8] if passed else ""
+        out = Path(args.out or f"runs/scaling{name}")
+        rates = [0.004, 0.008, 0.016] if flags.get("optimizer") == "adamw" else [0.03, 0.06, 0.12]      # AdamW alone bears a quarter
         sweep = Sweep(TrainRuns(out / "runs", flags, args.workers), TrainRuns(out / "held_out", flags, 1), out,
-                      args.budget or 1.1e13, args.rates or [0.03, 0.06, 0.12], counted="all matrix products")
+                      args.budget or 1.1e13, args.rates or rates, counted="all matrix products")
     counts = [args.sizes * rates_at(level, args.levels, len(sweep.rates)) for level in range(args.levels)]
     sweep.levels = ladder(sweep.budget, args.levels, 2.0, counts)
     sweep.target = args.target or 4 * sweep.levels[-1]
@@ -1854,8 +1957,9 @@ def spend(argv: list[str]):
     parser = Parser(prog="scaling.py" + " spend" * bool(argv), allow_abbrev=False, description=(
         "Spend a budget of FLOPs on small runs (successive halving over size and learning rate), fit scaling laws, predict a run several "
         "times larger than any of them, make that run, and show the error. Without flags: tiny models on the text that Python carries, in "
-        "about ten minutes on two cores. What has been run is not run again. Flags of train.py for all runs stand behind --, as in: "
-        "scaling.py spend --budget 1e17 -- --data corpus/mine. Other commands: plan, fit, compare."))
+        "about eight minutes on two cores. What has been run is not run again. Flags of train.py for all runs stand behind --, as in: "
+        "scaling.py spend --budget 1e17 -- --data corpus/mine. Other commands, each with its own -h: plan (model, tokens, loss and cost of a "
+        "budget, on paper), fit (laws of runs), compare (of two families of runs), spend (this one)."))
     parser.add_argument("--budget", type=number, help="FLOPs of the sweep (none: 1.1e13, with --law 1e21, of a table all it has)")
     parser.add_argument("--target", type=number, help="FLOPs of the run to predict (none: 4 times the largest of the sweep; a table's largest)")
     parser.add_argument("--levels", type=whole, default=4, help="budgets at which there are profiles (default: 4)")
@@ -1879,6 +1983,8 @@ def spend(argv: list[str]):
     sweep = sweep_of(args, passed)
     if len(sweep.levels) < 2:
         raise ValueError(f"--target {sweep.target:.3g}: a law needs 2 budgets below it, and there are {len(sweep.levels)}; choose a larger one")
+    if sweep.target <= 1.05 * sweep.levels[-1]:
+        raise ValueError(f"--target {sweep.target:.3g} is not beyond the sweep, whose runs take up to {sweep.levels[-1]:.3g} FLOPs; choose a larger one")
     run_sweep(sweep, args.sizes)
 
 
@@ -1893,15 +1999,16 @@ def run_sweep(sweep: Sweep, sizes: int):
               f"runs     {runs_by}; in {sweep.out}\n"
               f"counts   N: parameters with embedding and head; C: FLOPs, {sweep.counted}; D: tokens; loss: nats per token\n", flush=True)
         runs = successive_halving(api, sweep.levels, sweep.rates, sizes)
+        tried = api.previous_runs()
         print(f"\n{api.spent:.3g} FLOPs spent; this time it took {time.perf_counter() - start:.0f} seconds\n")
-    fits = fit_table(runs, [sweep.target])
+    fits = fit_table(runs, [sweep.target], tried=tried)
 
     wanted = predict(runs, sweep.target, sweep.runner.offer)
     rate = {} if wanted["learning_rate"] is None else {"learning_rate": wanted["learning_rate"]}
-    others = "".join(f"; the {name} says {loss:.4f}" for name, loss in wanted["losses"].items() if name != wanted["law"])
+    said = " and ".join(f"{loss:.4f} by the {name}" for name, loss in wanted["losses"].items())
     print(f"\nprediction for {sweep.target:.3g} FLOPs, before the run: {short(wanted['parameters'])} parameters, {short(wanted['tokens'])} tokens"
           + "".join(f", learning rate {value:.3g}" for value in rate.values()) +
-          f",\nloss {wanted['final_loss']:.4f} {between(*wanted['interval'], '.4f')} (nine runs in ten) by the {wanted['law']}{others}", flush=True)
+          f",\nloss {wanted['final_loss']:.4f} {between(*wanted['interval'], '.4f')}: {said}", flush=True)
     warn_if_far([sweep.target], max(run["compute_budget"] for run in runs))
     question = {"flops": sweep.target, "parameters": wanted["parameters"], **rate}
     with TrainingAPI(math.inf, sweep.out / "held_out", sweep.tester) as held_out:
@@ -1921,6 +2028,7 @@ def main():
     commands = {"plan": plan, "fit": fit_command, "compare": compare_command, "spend": spend}
     name, *rest = sys.argv[1:] or [None]
     signal.signal(signal.SIGTERM, signal.default_int_handler)            # raises KeyboardInterrupt, as Ctrl-C does
+    np.seterr(all="ignore")                                              # some bootstrap draws come to nothing, and are left out
     try:
         if name is None or name.startswith("-"):
             spend(sys.argv[1:])

@@ -13,6 +13,7 @@ import builtins
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
 import gzip
@@ -6536,16 +6537,15 @@ def test_the_held_out_error_of_many_profiles_and_several_rates_does_not_mix_them
     assert found["error"] < 1e-3 and abs(found["parameters_error"]) < 1e-3
 
 
-def test_a_prediction_is_the_parabolas_from_four_of_them_on_and_of_fewer_the_parametric_laws(monkeypatch):
+def test_a_prediction_is_the_mean_of_both_laws_and_of_fewer_than_four_minima_the_parametric_laws(monkeypatch):
     fewer_draws(monkeypatch)
     wanted, few = scaling.predict(law_runs(), 1e20), scaling.predict(law_runs(budgets=(1e17, 1e18, 1e19)), 1e20)
-    assert wanted["law"] == "parabolas" and few["law"] == "parametric law" and wanted["beyond"] == pytest.approx(10)
-    assert wanted["final_loss"] == wanted["losses"]["parabolas"] and few["final_loss"] == few["losses"]["parametric law"]
+    assert wanted["final_loss"] == pytest.approx(sum(wanted["losses"].values()) / 2) and wanted["beyond"] == pytest.approx(10)
+    assert list(few["losses"].values()) == [few["final_loss"]] and list(wanted["losses"]) == ["parabolas", "parametric law"]
     for said in (wanted, few):
         assert said["losses"]["parametric law"] == pytest.approx(float(LAW.loss(said["parameters"], said["tokens"])), rel=1e-6)
-        # three minima cannot tell an offset
-        assert said["losses"]["parabolas"] == pytest.approx(float(LAW.best_loss(1e20)), rel=0.03 if said is wanted else 0.1)
-        assert said["interval"][0] <= min(said["losses"].values()) and max(said["losses"].values()) <= said["interval"][1]
+        assert said["interval"][0] <= min(said["losses"].values()) * 1.0001 and max(said["losses"].values()) <= said["interval"][1] * 1.0001
+    assert wanted["losses"]["parabolas"] == pytest.approx(float(LAW.best_loss(1e20)), rel=0.03)
     assert wanted["parameters"] == pytest.approx(LAW.optimum(1e20)[0], rel=0.02)
     assert 6 * wanted["parameters"] * wanted["tokens"] == pytest.approx(1e20)
     # minima that go on by the root of 10 and by 0.79 to 1e8 · 1000^0.5 and 4 · 1000^-0.1; and of that size what can be had
@@ -6723,8 +6723,8 @@ def test_run_folders_are_counted_as_one_asks(embeddings, exact, parameters, per_
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("a.json", json.dumps([{**ROWS[0], "parameters": 10.0}]), ["row 1", "parameters are 10: in millions?", "Give plain numbers"]),
-    ("a.json", json.dumps([{**ROWS[0], "tokens": 100.0, "compute_budget": 6e9}]), ["tokens are 100: in millions?"]),
+    ("a.json", json.dumps([{**ROWS[0], "parameters": 10.0}]), ["row 1", "parameters are 10: in millions or billions?", "Give plain numbers"]),
+    ("a.json", json.dumps([{**ROWS[0], "tokens": 100.0, "compute_budget": 6e9}]), ["tokens are 100: in millions or billions?"]),
     ("a.json", json.dumps([{"parameters": 7000.0, "compute_budget": 1e20, "final_loss": 3.0}]), ["tokens per parameter", "in millions?"]),
     ("a.json", json.dumps([{**ROWS[0], "compute_budget": 6e4}]), ["compute_budget is 1e-12 times 6 N D", "FLOPs"]),
     ("a.json", json.dumps([ROWS[0], {**ROWS[0], "final_loss": math.nan}]),
@@ -7173,11 +7173,11 @@ def test_a_small_budget_is_never_exceeded_and_too_small_a_one_is_said(tmp_path):
 
 def test_a_strategy_goes_on_past_rates_that_diverge(fake_train, tmp_path):
     api = api_of(tmp_path / "api", 2e12, train_runs(tmp_path / "runs"))
-    runs = scaling.successive_halving(api, [1.5e10, 4e10], [1.0, 100.0], sizes=3, say=lambda line: None)
+    runs = scaling.successive_halving(api, [6e10, 1.6e11], [1.0, 100.0], sizes=3, say=lambda line: None)
     assert {run["learning_rate"] for run in runs} <= {1.0, 0.01} and all(run["final_loss"] for run in runs)
     assert None in [run["final_loss"] for run in api.previous_runs()]
     with pytest.raises(ValueError, match="diverged; give smaller learning rates"):
-        scaling.successive_halving(api_of(tmp_path / "other", 2e12, train_runs(tmp_path / "others")), [1.5e10, 4e10], [100.0], sizes=3)
+        scaling.successive_halving(api_of(tmp_path / "other", 2e12, train_runs(tmp_path / "others")), [6e10, 1.6e11], [100.0], sizes=3)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -7250,7 +7250,7 @@ def test_run_folders_are_fitted_as_counted_and_the_table_says_how(tmp_path, caps
         code, out, err = call(scaling, capsys, monkeypatch, "fit", tmp_path / "runs", "--law", "parabolas", "--flops", "1e19", "--out",
                               tmp_path / "fits.json", *flags)
         assert code == 0 and ("without embedding" in out) == bool({"--no_embeddings", "--no-embeddings"} & set(flags))
-        assert ("6 N D" in out) == bool({"--six_nd", "--six-nd"} & set(flags))
+        assert ("C: FLOPs, 6 N D" in out) == bool({"--six_nd", "--six-nd"} & set(flags))
         laws[flags] = json.loads((tmp_path / "fits.json").read_text())
     sizes = {flags: kept["parabolas"]["N at 1e+19"]["value"] for flags, kept in laws.items()}
     n = LAW.optimum(1e19)[0]                                                 # where C is 6 N D of the bare N, as the runs were made
@@ -7299,7 +7299,7 @@ def test_spend_on_a_law_goes_on_with_another_target_and_another_seed_is_other_ru
         kept = json.loads((tmp_path / "out" / "results.json").read_text())
         largest = max(run["compute_budget"] for run in kept["runs"])
         assert kept["prediction"]["flops"] == pytest.approx(float(target[1]) if target else 4 * largest)
-        assert kept["prediction"]["final_loss"] == pytest.approx(kept["result"]["final_loss"], rel=0.02)
+        assert kept["prediction"]["final_loss"] == pytest.approx(kept["result"]["final_loss"], rel=0.03)
         spent = sum(entry["answer"]["compute_budget"] for entry in ledger(tmp_path / "out"))
         assert spent <= 1e21 and re.search("predict", out) and re.search("measured", out) and re.search("inside|OUTSIDE", out)
     assert refused(call(scaling, capsys, monkeypatch, *words, "--seed", "1"), "holds answers of other runs", "choose another folder")
@@ -7395,6 +7395,57 @@ def test_scaling_py_alone_in_an_empty_folder_plans_without_torch(tmp_path):
     ended = run("-c", "import scaling, sys; scaling.plan(['--flops', '1e21']); scaling.fit_power_law([1, 2, 3, 4], [4, 3, 2.5, 2.2], draws=2); "
                 "assert not {'torch', 'matplotlib', 'train', 'model'} & set(sys.modules)", cwd=tmp_path, PYTHONPATH="")
     assert ended.returncode == 0 and "compute-optimal" in ended.stdout, ended.stderr
+
+
+def test_a_full_disk_leaves_no_half_of_an_answer(tmp_path, monkeypatch):
+    with api_of(tmp_path) as api:
+        api.ask(flops=1e18, parameters=1e8)
+        before = (tmp_path / "ledger.jsonl").read_bytes()
+        monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            api.ask(flops=1e18, parameters=2e8)
+        monkeypatch.undo()
+        assert (tmp_path / "ledger.jsonl").read_bytes() == before and api.spent == 1e18
+        api.ask(flops=1e18, parameters=2e8)
+    assert len(ledger(tmp_path)) == 2
+
+
+def test_a_run_that_a_killed_process_left_behind_is_not_joined(fake_train, tmp_path):
+    runner = train_runs(tmp_path / "runs")
+    answer = api_of(tmp_path / "api", 2e12, runner).ask(**question())
+    with open(Path(answer["folder"]) / "lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="left behind is still at work"):
+            api_of(tmp_path / "other", 2e12, runner).ask(**question())
+
+
+def test_what_would_make_the_price_wrong_is_refused(tmp_path):
+    runner = train_runs(tmp_path / "runs")
+    for more in ({"batch_warmup": 0.5}, {"num_local_experts": 4}, {"vocab_size": 999}, {"steps": 5}, {"resume": "x"}, {"hidden_size": 0}):
+        asked = {**question(), **more}
+        if "hidden_size" not in more and "parameters" not in asked and "hidden_size" not in asked:
+            asked["parameters"] = 1e5
+        assert fails(next(iter(more)), runner.price, asked)
+
+
+def test_profiles_of_three_sizes_have_no_interval_and_losses_that_rise_no_law():
+    law = scaling.fit_isoflop(law_runs(noise=0.001, sizes=3), draws=20)
+    assert all(math.isnan(end) for end in law.interval(lambda law: law.a)) and 0 < law.a < 1
+    rising = [{**run, "final_loss": 6 - run["final_loss"]} for run in law_runs()]
+    assert fails("do not fall", scaling.fit_parametric, rising, draws=2)
+
+
+def test_what_the_other_needs_for_the_same_loss_is_next_to_none_or_out_of_reach():
+    bad, good = law_runs(scaling.Parametric(3.5, 400.0, 2000.0, 0.34, 0.36)), law_runs(scaling.Parametric(1.0, 400.0, 2000.0, 0.34, 0.36))
+    fit = functools.partial(scaling.fit_parametric, draws=20)
+    assert scaling.compare_recipes(bad, good, [1e22], fit)[0]["multiplier"] == 0
+    assert scaling.compare_recipes(good, bad, [1e22], fit)[0]["multiplier"] is None
+
+
+def test_answers_of_a_law_can_be_fitted_from_their_folder(tmp_path):
+    with api_of(tmp_path) as api:
+        api.ask_all([{"flops": flops, "parameters": n} for flops in (1e18, 3e18) for n in (3e7, 1e8, 3e8)])
+    assert [run["compute_budget"] for run in scaling.read_runs([tmp_path])] == [1e18] * 3 + [3e18] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -7596,6 +7647,24 @@ def test_plan_warns_of_many_epochs_and_too_few_gpus(capsys):
     assert "careful" not in plan_of(capsys, "--flops", 1e20)
 
 
+def test_a_plan_for_a_model_smaller_than_its_vocabulary_has_a_table_and_no_shape(capsys, monkeypatch):
+    code, out, _ = call(scaling, capsys, monkeypatch, "plan", "--flops", "1e12")
+    assert code == 0 and "compute-optimal" in out and "take a smaller vocab_size" in out and "shape  " not in out
+
+
+def test_a_plan_by_own_runs_keeps_their_optimizer_width_vocabulary_and_rate(tmp_path, capsys, monkeypatch):
+    fewer_draws(monkeypatch)
+    runs = []
+    for run in law_runs():
+        best = 2 * run["compute_budget"] ** -0.1
+        runs += [{**run, "learning_rate": best * step, "final_loss": run["final_loss"] + 0.02 * math.log(step) ** 2, "optimizer": "muon",
+                  "mup_base_width": 64, "vocab_size": 512, "sequence_length": 128} for step in (0.5, 1.0, 2.0)]
+    code, out, _ = call(scaling, capsys, monkeypatch, "plan", "--flops", "1e19", "--runs", write_runs(tmp_path / "runs.jsonl", runs))
+    rate = float(re.search(r"--learning_rate ([\d.e-]+)", out)[1])
+    assert code == 0 and "--optimizer muon --mup_base_width 64" in out and "--vocab_size 512" in out and "--sequence_length 128" in out
+    assert rate == pytest.approx(2 * 1e19 ** -0.1, rel=0.01) and re.search("^parabolas ", out, re.M)
+
+
 @pytest.mark.parametrize("flags, message", [
     ("", "there is no budget; give --flops"), ("--gpus 8", "there is no budget"), ("--parameters 7B", "there is no budget"),
     ("--hours 3", "--hours 3 is a budget together with --gpus"), ("--flops 1e20 --gpus 8 --hours 3", "without --flops"),
@@ -7608,7 +7677,7 @@ def test_plan_warns_of_many_epochs_and_too_few_gpus(capsys):
     ("--flops 1e20 --mfu 0", "mfu is 0"), ("--flops 1e20 --served_tokens -1", "--served_tokens is -1"),
     ("--flops 1e20 --unique_tokens -5", "--unique_tokens is -5"), ("--flops 1e20 --gpus 2.5", "'2.5' is no whole number"),
     ("--flops 1e20 --pue 0.5", "pue is 0.5; it must be a finite number from 1 on"), ("--flops 1e20 --watts -1", "watts is -1"),
-    ("--flops 1e12", "take a smaller vocab_size"), ("--flop 1e20", "did you mean --flops?"),
+    ("--tokens 15 --flops 1e20", "for billions write 15B"), ("--flop 1e20", "did you mean --flops?"),
     ("--flops 1e20 --json no_such_folder/plan.json", "No such file or directory: no_such_folder/plan.json"),
     ("--flops 1e20 --law hoffmann --runs a.json", "--law hoffmann and --runs both name a law")])
 def test_plan_answers_bad_input_in_one_line(capsys, flags, message):

@@ -1778,7 +1778,7 @@ def bench(argv: list[str]):
 
 # The slopes of log(change) against log(width) that count as level. Logits fall with the root of the width as long as the head's
 # random start, whose terms cancel, outweighs what it has learned; all that should not add up over the width grows.
-LEVEL = -0.6, 0.3
+LEVEL = -1.0, 0.3
 
 
 def at_width(config: Config, width: int) -> dict[str, int]:

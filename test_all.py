@@ -5564,9 +5564,9 @@ def test_the_coordinate_check_as_a_command(tokens, tmp_path, capsys, monkeypatch
 
 def test_a_verdict_names_what_is_farthest_from_level():
     of = lambda **powers: {width: {name: {"change": width ** power} for name, power in powers.items()} for width in (64, 128, 256)}
-    assert train.coordinates_verdict(of(a=0.0, b=-0.5)) == "level: the changes' slopes lie between -0.50 and +0.00 (allowed: -0.6 to 0.3)"
+    assert train.coordinates_verdict(of(a=0.0, b=-0.5)) == "level: the changes' slopes lie between -0.50 and +0.00 (allowed: -1.0 to 0.3)"
     assert train.coordinates_verdict(of(a=0.5, b=1.0, c=-1.0)).startswith("not level: the change of b grows with the width, slope +1.00")
-    assert train.coordinates_verdict(of(a=-1.0, b=0.0)).startswith("not level: the change of a shrinks with the width, slope -1.00")
+    assert train.coordinates_verdict(of(a=-1.5, b=0.0)).startswith("not level: the change of a shrinks with the width, slope -1.50")
     assert "is not finite" in train.coordinates_verdict({64: {"a": {"change": 1.0}}, 128: {"a": {"change": math.nan}}})
 
 

@@ -252,14 +252,14 @@ def checked_run(row: dict, where: str) -> dict:
         n, d, c = (run.get(name) for name in ("parameters", "tokens", "compute_budget"))
         run[missing[0]] = c / 6 / d if n is None else c / 6 / n if d is None else 6 * n * d
     n, d, c = (run[name] for name in ("parameters", "tokens", "compute_budget"))
-    derived = f"tokens, compute_budget / 6 / parameters," if missing == ["tokens"] else "parameters, compute_budget / 6 / tokens," if missing == [
-        "parameters"] else None
-    wrong = (f"{derived} are {min(n, d):.3g}: is a column in millions or billions?" if derived and min(n, d) < 1000 else
-             f"parameters are {n:g}: in millions or billions?" if n < 1000 else f"tokens are {d:g}: in millions or billions?" if d < 1000 else
+    small = [name for name in ("parameters", "tokens") if run[name] < 1000]
+    wrong = (f"{small[0]}{', which follow from the other columns,' * (small[0] in missing)} are {run[small[0]]:g}: in millions or billions?"
+             if small else
              f"final_loss is {run['final_loss']:g} nats per token, more than a guess among 1e13 tokens has: in other units?"
              if run["final_loss"] > 30 else
              f"there are {d / n:.3g} tokens per parameter: is a column in millions?" if not 1e-3 < d / n < 1e6 else
-             f"compute_budget is {c / (6 * n * d):.3g} times 6 N D: is a column in other units?" if not 0.2 < c / (6 * n * d) < 20 else None)
+             f"compute_budget is {c / (6 * n * d):.3g} times 6 N D: is a column in other units?" if not 0.2 < c / (6 * n * d) < 20 else
+             None)
     if wrong:
         raise ValueError(f"{where}: {wrong} Give plain numbers: parameters, tokens, FLOPs")
     return {**row, **run}
@@ -1718,7 +1718,8 @@ def compare_command(argv: list[str]):
     print_table([["FLOPs", first, second, "difference", "90% interval", "wins", f"FLOPs that {second} needs for the same"]] + [
         [f"{row['flops']:.3g}", f"{row['first']:.4f}", f"{row['second']:.4f}", f"{row['difference']:+.4f}", between(*row["interval"], "+.4f"),
          {"first": first, "second": second, None: "neither"}[row["winner"]],
-         "out of reach" if row["multiplier"] is None else f"{row['multiplier']:.3g} times" if row["multiplier"] else "next to none"] for row in results])
+         "out of reach" if row["multiplier"] is None else f"{row['multiplier']:.3g} times" if row["multiplier"] else "next to none"]
+        for row in results])
     warn_if_far([row["flops"] for row in results], largest)
 
 
@@ -1783,8 +1784,9 @@ def warnings(law, row: dict, made: dict, args) -> list[str]:
         (row["flops"] > 10 * most, f"the loss extrapolates {digits(row['flops'] / most)} times beyond the largest run that the law was "
                                    f"fitted on, {most:.2g} FLOPs{between}"),
         (row["epochs"] > 16, f"{digits(row['epochs'])} epochs: beyond 16 or so another adds little, beyond 40 nothing; spend less"),
-        (args.hours and made["exact_flops"] > 1.05 * row["flops"], f"attention and head make it {made['exact_flops'] / row['flops']:.2f} times 6 N D, "
-         f"which an MFU measured by train.py counts: {digits(made['exact_days'])} days and not {digits(row['cost']['days'])}; --hours less, or --flops"),
+        (args.hours and made["exact_flops"] > 1.05 * row["flops"],
+         f"attention and head make it {made['exact_flops'] / row['flops']:.2f} times 6 N D, which an MFU measured by train.py counts: "
+         f"{digits(made['exact_days'])} days and not {digits(row['cost']['days'])}; plan with fewer --hours"),
         (few > args.gpus, f"{args.gpus} {args.gpu} cannot hold the model in training; {few} or more can"),
         (batch > 1.5, f"a sequence for each GPU makes the batch {batch:.2g} times what the power law says; see --tensor_parallel")) if holds]
 
@@ -1984,7 +1986,8 @@ def spend(argv: list[str]):
     if len(sweep.levels) < 2:
         raise ValueError(f"--target {sweep.target:.3g}: a law needs 2 budgets below it, and there are {len(sweep.levels)}; choose a larger one")
     if sweep.target <= 1.05 * sweep.levels[-1]:
-        raise ValueError(f"--target {sweep.target:.3g} is not beyond the sweep, whose runs take up to {sweep.levels[-1]:.3g} FLOPs; choose a larger one")
+        raise ValueError(f"--target {sweep.target:.3g} is not beyond the sweep, whose runs take up to {sweep.levels[-1]:.3g} FLOPs; choose a "
+                         "larger one")
     run_sweep(sweep, args.sizes)
 
 

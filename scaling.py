@@ -1555,7 +1555,7 @@ def fit_table(runs: list[dict], flops: list[float], only: str | None = None, tri
         numbers[name] = answered(law, questions_to(law, flops))
         rows += table_of(name, numbers[name])
         with suppress(ValueError):                                       # too few runs to leave some out
-            held_out = numbers[name]["held_out"] = held_out_error(FITS[name], runs)
+            held_out = numbers[name]["held_out"] = held_out_error(partial(FITS[name], draws=2), runs)
             rows.append(["", f"error at {held_out['largest']:.3g}, held out", f"{held_out['error']:.2%}", ""])
     if not numbers:
         raise ValueError(next(iter(reasons.values())))
@@ -2038,7 +2038,8 @@ def main():
         else:
             look_up(commands, name, "the command")(rest)
     except KeyboardInterrupt:
-        print("scaling.py: interrupted; all answers so far are kept, and the same command goes on from there", file=sys.stderr)
+        kept = "" if name in ("plan", "fit", "compare") else "; all answers so far are kept, and the same command goes on from there"
+        print(f"scaling.py: interrupted{kept}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                                              # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -369,6 +369,16 @@ def interval(draws: np.ndarray, level: float = 0.9) -> tuple[float, float]:
     return tuple(map(float, np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))) if len(draws) else (math.nan, math.nan)
 
 
+def over_draws(law, what: Callable, level: float = 0.9) -> tuple[float, float]:
+    """The middle `level` of what(law) over a law's bootstrap draws, as in law.interval(lambda law: law.loss(1e9, 2e10))."""
+    return interval(what(law.draws), level)
+
+
+def at_optimum(law, flops):
+    """The least loss that `flops` buy: law.best_loss(1e21)."""
+    return law.loss(*law.optimum(flops))
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The parametric law (approach 3)
 
@@ -396,13 +406,7 @@ class Parametric:
         parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return parameters, flops / 6 / parameters
 
-    def best_loss(self, flops):
-        """The least loss that `flops` buy."""
-        return self.loss(*self.optimum(flops))
-
-    def interval(self, what: Callable, level: float = 0.9) -> tuple[float, float]:
-        """The middle `level` of what(law) over the draws, as in law.interval(lambda law: law.loss(1e9, 2e10))."""
-        return interval(what(self.draws), level)
+    best_loss, interval = at_optimum, over_draws
 
 
 def parametric_model(parameters: np.ndarray, tokens: np.ndarray) -> Callable:
@@ -471,9 +475,7 @@ class PowerLaw:
     def __call__(self, x):
         return self.offset + self.factor * x ** self.exponent
 
-    def interval(self, what: Callable, level: float = 0.9) -> tuple[float, float]:
-        """The middle `level` of what(law) over the draws."""
-        return interval(what(self.draws), level)
+    interval = over_draws
 
 
 def straight_line(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -587,9 +589,7 @@ class IsoFlop:
         """Nats per token at the optimum."""
         return self.loss_law(flops)
 
-    def interval(self, what: Callable, level: float = 0.9) -> tuple[float, float]:
-        """The middle `level` of what(law) over the draws."""
-        return interval(what(self.draws), level)
+    interval = over_draws
 
 
 def fit_isoflop(runs: list[dict], method: str = "parabola", draws: int = 1000, seed: int = 0) -> IsoFlop:
@@ -653,7 +653,7 @@ def refitted(law: PowerLaw, x: np.ndarray, y: np.ndarray, offset: bool) -> Power
     if not offset:
         return PowerLaw(0.0, *straight_line(x, y))
     middle = law.factor * math.exp(law.exponent * np.log(x).mean())
-    start = np.log([[max(law.offset, 1e-3 * y.mean()), middle, math.e]]) * [1, 1, law.exponent]
+    start = np.array([[math.log(max(law.offset, 1e-3 * y.mean())), math.log(middle), law.exponent]])
     with np.errstate(all="ignore"):
         return PowerLaw(*offset_law(minimize(offset_model(x), np.repeat(start, len(y), 0), np.log(y), np.ones(len(x)))[0], x))
 
@@ -696,13 +696,7 @@ class Kaplan:
         parameters = (power * self.n_critical ** power * flops / 6 / self.d_critical) ** (1 / (1 + power))
         return parameters, flops / 6 / parameters
 
-    def best_loss(self, flops):
-        """The least loss that `flops` buy."""
-        return self.loss(*self.optimum(flops))
-
-    def interval(self, what: Callable, level: float = 0.9) -> tuple[float, float]:
-        """The middle `level` of what(law) over the draws."""
-        return interval(what(self.draws), level)
+    best_loss, interval = at_optimum, over_draws
 
 
 def fit_kaplan(runs: list[dict], draws: int = 1000, seed: int = 0) -> Kaplan:
@@ -968,7 +962,7 @@ def learning_rate_and_batch(flops: float, multiple: int = 4096) -> tuple[float, 
     left out: 0.3118 C^-0.1250 and 0.2920 C^0.3271 (Bi et al. 2024, DeepSeek LLM, arXiv 2401.02954, fitted from 1e17 to 2e19
     FLOPs; their models of 7B and 67B followed them to 8e23)."""
     require(POSITIVE, flops=flops)
-    return 0.3118 * flops ** -0.1250, multiple * max(1, round(0.2920 * flops ** 0.3271 / multiple))
+    return float(RATE_LAW(flops)), multiple * max(1, round(0.2920 * flops ** 0.3271 / multiple))
 
 
 def recipe(row: dict, gpu: str, gpus: int, mfu: float, vocab_size: int, sequence_length: int, rate_law: PowerLaw | None = None,
@@ -1523,7 +1517,7 @@ FITS = {"parabolas": fit_isoflop, "best runs": partial(fit_isoflop, method="best
 
 def questions_to(law, flops: list[float]) -> dict[str, Callable]:
     """What a table says of a law, by name: functions of the law, which its draws answer too."""
-    names = {"a": "a (N ∝ C^a)", "b": "b (D ∝ C^b)", "factor": None, "n_factor": None, "d_factor": None, "draws": None, "largest": None,
+    names = {"a": "a (N ∝ C^a)", "b": "b (D ∝ C^b)", "n_factor": None, "d_factor": None, "draws": None, "largest": None,
              "optima": None, "loss_law": None}                           # None: says little by itself
     asked = {names.get(f.name, f.name): lambda law, name=f.name: getattr(law, name) for f in fields(law) if names.get(f.name, f.name)}
     for c in flops:
@@ -1562,8 +1556,8 @@ def fit_table(runs: list[dict], flops: list[float], only: str | None = None, tri
     with suppress(ValueError):                                           # few runs try several rates
         law = fit_learning_rate(tried or runs)
         asked = {"exponent": lambda law: law.exponent, **{f"rate at {c:.3g}": lambda law, c=c: law(c) for c in flops}}
-        rows += table_of("learning rate", answered(law, asked))
         numbers["learning rate"] = answered(law, asked)
+        rows += table_of("learning rate", numbers["learning rate"])
     print_table(rows)
     for name, reason in reasons.items():
         print(f"{name}: not fitted, {reason}")

@@ -23,10 +23,21 @@ the CPU, slowly, in NumPy, so that every line can be tried anywhere.
 The file needs PyTorch alone (2.6 or later), for the kernels Triton (3.2 or later), and no other file of this project. Left out:
 decoding with a cache (see sample.py), dropout inside attention, heads larger than 128, 8-bit numbers.
 """
+import argparse
 import itertools
+import json
 import math
+import multiprocessing
 import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +55,7 @@ except ImportError:                                                      # the t
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -70,10 +82,14 @@ def check_alike(name: str, **tensors: Tensor):
           "dtypes must be float32, bfloat16 or float16", **tensors)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products take x: autocast's where it is on, x's own otherwise."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def wide(x: Tensor) -> Tensor:
@@ -84,6 +100,12 @@ def wide(x: Tensor) -> Tensor:
 def rows_dense(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous, as kernels read it; a copy otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Room for a result of x's shape, in x's order of dimensions where that leaves the last one contiguous."""
+    room = torch.empty_like(x)
+    return room if room.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -97,12 +119,26 @@ def tile(columns: int, size: int) -> dict:
     return {"ROWS": max(1, size // width), "COLUMNS": width}
 
 
+def operator(function):
+    """`function` as an operator of PyTorch's library: one node for torch.compile, which does not look into it. `.plain` is the function itself."""
+    definition = torch.library.custom_op(f"flatlm::{function.__name__.strip('_')}", function, mutates_args=())
+    definition.plain = function
+    return definition
+
+
+COMPILED = None                                                          # a list while kernels are to be compiled and not run
+
+
 def launch(kernel, programs, *arguments, **settings):
     """Run so many programs of a kernel (or what a function makes of the tiles that were chosen) on the grid's first axis, as the others
     stop at 65,535, and on the GPU of its first argument."""
     if programs:
         with torch.cuda.device_of(arguments[0]):
-            kernel[programs if callable(programs) else (programs,)](*arguments, **settings)
+            if COMPILED is not None:
+                done = kernel.warmup(*arguments, grid=(1,), **settings)
+                COMPILED.extend(done if isinstance(done, list) else [done])                          # as many as tiles to choose from
+            else:
+                kernel[programs if callable(programs) else (programs,)](*arguments, **settings)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -187,7 +223,7 @@ def _rms_norm_backward_wide_kernel(x, weight, dy, dx, partial, rows, x_stride, d
             tl.store(partial + column, tl.load(partial + column, mask=column < N) + b * a, mask=column < N)
 
 
-@torch.library.custom_op("flatlm::rms_norm", mutates_args=())
+@operator
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y, flat, size = torch.empty(x.shape, dtype=dtype, device=x.device), as_rows(x), tile(len(weight), 4096)
     launch(_rms_norm_kernel, triton.cdiv(len(flat), size["ROWS"]) if x.numel() else 0, flat, weight.contiguous(), y, len(flat),
@@ -195,7 +231,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tens
     return y
 
 
-@torch.library.custom_op("flatlm::rms_norm_backward", mutates_args=())
+@operator
 def _rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Each of a few programs per multiprocessor takes many blocks of rows, so that few partial sums of dw are left."""
     dx, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), len(weight)
@@ -279,14 +315,14 @@ def _over_matrix(kernel, inputs: list[Tensor], outputs: list[Tensor]):
     launch(kernel, programs, *inputs, *outputs, rows, columns, *(t.stride(0) for t in inputs), **size, num_warps=4)
 
 
-@torch.library.custom_op("flatlm::swiglu", mutates_args=())
+@operator
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _over_matrix(_swiglu_kernel, [gate, up], [out])
     return out
 
 
-@torch.library.custom_op("flatlm::swiglu_backward", mutates_args=())
+@operator
 def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     _over_matrix(_swiglu_backward_kernel, [gate, up, dy], [dgate, dup])
@@ -341,10 +377,10 @@ def _rope_kernel(x, cos, sin, out, heads, positions, x_batch, x_head, x_position
     tl.store(out + HALF, b * c + a * s, mask=inside)
 
 
-@torch.library.custom_op("flatlm::rope", mutates_args=())
+@operator
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     x, cos, sin = rows_dense(x), cos.contiguous(), sin.contiguous()
-    out, (batch, heads, positions, D) = torch.empty_like(x), x.shape
+    out, (batch, heads, positions, D) = empty_like(x), x.shape
     size = {"HEADS": min(4, triton.next_power_of_2(max(heads, 1))), "WIDTH": triton.next_power_of_2(max(D // 2, 1))}
     size["POSITIONS"] = max(1, 4096 // (size["HEADS"] * size["WIDTH"]))      # a thread has 8 columns of each half of 4 heads
     programs = batch * triton.cdiv(positions, size["POSITIONS"]) * triton.cdiv(heads, size["HEADS"]) if x.numel() else 0
@@ -358,7 +394,7 @@ def _save_rope(ctx, inputs, output):
     ctx.save_for_backward(cos, sin)
 
 
-_rope.register_fake(lambda x, cos, sin, back: torch.empty_like(rows_dense(x)))
+_rope.register_fake(lambda x, cos, sin, back: empty_like(rows_dense(x)))
 _rope.register_autograd(lambda ctx, dy: (_rope(dy, *ctx.saved_tensors, not ctx.back), None, None, None),
                           setup_context=_save_rope)
 
@@ -404,6 +440,9 @@ def flash_attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = Tr
                               softcap: float | None = None, document_ids: Tensor | None = None, key_lengths: Tensor | None = None) -> Tensor:
     """What `flash_attention` computes, with all scores in memory."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))                    # (B, Hq, S_k, D)
+    if key_lengths is not None:                                                                      # padding may hold anything, NaN too
+        padding = (torch.arange(k.shape[2], device=k.device) >= key_lengths[:, None])[:, None, :, None]
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     scores = wide(q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)                 # (B, Hq, S_q, S_k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -417,7 +456,6 @@ def flash_attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = Tr
         visible = visible & (document_ids[:, None, keys - queries:, None] == document_ids[:, None, None, :])
     if key_lengths is not None:
         visible = visible & (key < key_lengths[:, None, None, None])
-        v = v.masked_fill((key >= key_lengths[:, None])[:, None, :, None], 0)                        # padding may hold anything
     scores = scores.masked_fill(~visible, float("-inf"))
     if key_lengths is not None:                                                                      # rows that see nothing come out as zeros
         blind = ~visible.any(-1, keepdim=True)
@@ -534,11 +572,19 @@ def _visible(query, key, length, window, query_ids, key_ids, CAUSAL: tl.constexp
 
 
 @jit
+def _tanh(x):
+    """By powers of two; near 0, where their difference would lose its digits, by the series."""
+    square = x * x
+    series = x * (1 - square * (0.33333333 - square * (0.13333333 - square * 0.053968254)))
+    return tl.where(square < 0.01, series, 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1))            # (e^2x - 1) / (e^2x + 1)
+
+
+@jit
 def _scaled(scores, scale, cap, CAP: tl.constexpr):
     """Scores, and the factor that is still to be multiplied for powers of two; with a cap, scores are tanh(s / cap)."""
     factor = scale * 1.4426950408889634                                  # log2 e
     if CAP:
-        scores = 1 - 2 / (tl.exp2(scores * (scale / cap * 2.8853900817779268)) + 1)      # tanh x = 1 - 2 / (e^2x + 1)
+        scores = _tanh(scores * (scale / cap))
         factor = cap * 1.4426950408889634
     return scores, factor
 
@@ -587,11 +633,11 @@ def _attend(acc, top, total, seen, q, k, v, start, length, query, query_ids, ids
     return acc, new, total * fade + tl.sum(p, 1), seen
 
 
-@tuned({("plain", 16): [(128, 128, 4, 3)], ("plain", 32): [(128, 128, 4, 3)],
+@tuned({("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
         ("plain", 64): [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 3), (64, 64, 4, 3)],
-        ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
+        ("rich", 16): [(64, 32, 4, 3)], ("rich", 32): [(64, 32, 4, 3)],
         ("rich", 64): [(128, 32, 8, 3), (64, 32, 4, 3)], ("rich", 128): [(128, 32, 8, 3), (64, 32, 4, 3)],
-        ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)], ("float32", 64): [(64, 32, 4, 2)], ("float32", 128): [(16, 16, 4, 2)]})
+        ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)], ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 16, 4, 2)]})
 @jit
 def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                        o_batch, o_head, o_row, heads, groups, queries, keys, scale, cap, window,
@@ -720,8 +766,8 @@ def _key_step(dk, dv, k, v, q, g, lse, delta, start, queries, length, offset, ke
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3"), dv
 
 
-@tuned({("plain", 16): [(64, 128, 4, 3)], ("plain", 32): [(64, 128, 4, 3)],
-        ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (32, 64, 4, 3)],
+@tuned({("plain", 16): [(64, 64, 4, 3)], ("plain", 32): [(64, 64, 4, 3)],
+        ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (32, 64, 4, 2)],
         ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
         ("rich", 64): [(64, 128, 8, 3), (32, 64, 4, 3)], ("rich", 128): [(32, 128, 8, 2), (16, 64, 4, 2)],
         ("float32", 16): [(32, 64, 4, 2)], ("float32", 32): [(32, 64, 4, 2)], ("float32", 64): [(16, 32, 4, 2)], ("float32", 128): [(32, 16, 8, 1)]})
@@ -757,16 +803,20 @@ def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths,
     v = _tile(v + batch * v_batch + key_head * v_head, first, v_row, length, D, BLOCK_D, N, True)
 
     dk_acc, dv_acc = tl.zeros((N, BLOCK_D), tl.float32), tl.zeros((N, BLOCK_D), tl.float32)
-    for group in tl.range(0, groups):
-        head = key_head * groups + group
-        head_q, head_g, rows = q + batch * q_batch + head * q_head, g + batch * g_batch + head * g_head, (batch * heads + head) * queries
-        for i in tl.range(0, inner):
-            dk_acc, dv_acc = _key_step(dk_acc, dv_acc, k, v, head_q, head_g, lse + rows, delta + rows, inner_start + i * M, queries, length, offset,
-                                       key, key_ids, ids, q_row, g_row, scale, cap, window, D, BLOCK_D, CAUSAL, WINDOW, CAP, DOCUMENTS, M, False)
-        for i in tl.range(0, masked):
-            at = _masked_tile(i, start, left, inner_start, inner, M)
-            dk_acc, dv_acc = _key_step(dk_acc, dv_acc, k, v, head_q, head_g, lse + rows, delta + rows, at, queries, length, offset,
-                                       key, key_ids, ids, q_row, g_row, scale, cap, window, D, BLOCK_D, CAUSAL, WINDOW, CAP, DOCUMENTS, M, True)
+    q += batch * q_batch + key_head * groups * q_head
+    g += batch * g_batch + key_head * groups * g_head
+    lse += (batch * heads + key_head * groups) * queries
+    delta += (batch * heads + key_head * groups) * queries
+    for i in tl.range(0, groups * inner):                                # the tiles of one head, then of the next in the group
+        head = (i // inner).to(tl.int64)
+        dk_acc, dv_acc = _key_step(dk_acc, dv_acc, k, v, q + head * q_head, g + head * g_head, lse + head * queries, delta + head * queries,
+                                   inner_start + i % inner * M, queries, length, offset, key, key_ids, ids, q_row, g_row, scale, cap, window,
+                                   D, BLOCK_D, CAUSAL, WINDOW, CAP, DOCUMENTS, M, False)
+    for i in tl.range(0, groups * masked):
+        head, at = (i // masked).to(tl.int64), _masked_tile(i % masked, start, left, inner_start, inner, M)
+        dk_acc, dv_acc = _key_step(dk_acc, dv_acc, k, v, q + head * q_head, g + head * g_head, lse + head * queries, delta + head * queries,
+                                   at, queries, length, offset, key, key_ids, ids, q_row, g_row, scale, cap, window,
+                                   D, BLOCK_D, CAUSAL, WINDOW, CAP, DOCUMENTS, M, True)
     if LENGTHS:
         dk_acc, dv_acc = tl.where((key < length)[:, None], dk_acc, 0.0), tl.where((key < length)[:, None], dv_acc, 0.0)
     _store_tile(dk + batch * dk_batch + key_head * dk_head, dk_acc * scale, first, dk_row, keys, D, BLOCK_D, N)
@@ -793,12 +843,12 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-@torch.library.custom_op("flatlm::flash_attention", mutates_args=())
+@operator
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, lengths: Tensor | None, causal: bool, scale: float, window: int,
                      softcap: float) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exps (B, Hq, S_q) in powers of two; a window or cap of 0 is none."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
-    out, lse = torch.empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    out, lse = empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
     launch(_attention_forward, lambda meta: (batch * heads * triton.cdiv(queries, meta["M"]),), q, k, v, out, lse, ids, _ranges_of(ids), lengths, *_strides(q, k, v, out), heads, heads // key_heads, queries, keys,
                              scale, softcap, window, **_attention_options(q, k, causal, window, softcap, ids, lengths))
     return out, lse
@@ -806,16 +856,16 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, length
 
 @_flash_attention.register_fake
 def _(q, k, v, ids, lengths, causal, scale, window, softcap):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("flatlm::flash_attention_backward", mutates_args=())
+@operator
 def _flash_attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor | None, lengths: Tensor | None,
                               causal: bool, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, of the gradient g of out."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     g, ranges, delta = rows_dense(g), _ranges_of(ids), torch.empty_like(lse)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     shared = heads, heads // key_heads, queries, keys, scale, softcap, window
     options = _attention_options(q, k, causal, window, softcap, ids, lengths)
     launch(
@@ -829,12 +879,13 @@ def _flash_attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: T
 
 @_flash_attention_backward.register_fake
 def _(g, q, k, v, out, lse, ids, lengths, causal, scale, window, softcap):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _attention_context(ctx, inputs, output):
     q, k, v, ids, lengths, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, ids, lengths)
+    ctx.set_materialize_grads(False)                                     # nobody differentiates the log-sum-exps
 
 
 def _attention_gradients(ctx, g, _):
@@ -856,7 +907,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
     the same id. key_lengths (B), integers: only the first so many keys of each row; the rest may hold anything, and gets zeros as
     gradients. Queries that may see nothing give zeros. ValueError for what does not fit together."""
     name, given = "flash_attention", dict(q=q, k=k, v=v, document_ids=document_ids, key_lengths=key_lengths)
-    if torch.is_autocast_enabled(q.device.type) and all(t.is_floating_point() and t.dtype != torch.float64 for t in (q, k, v)):
+    if autocasts(q) and all(t.is_floating_point() and t.dtype != torch.float64 for t in (q, k, v)):
         q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
     check_alike(name, q=q, k=k, v=v)
     check(name, q.dtype == k.dtype == v.dtype, "q, k and v must have one dtype", q=q, k=k, v=v)
@@ -865,14 +916,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
     check(name, k.shape == v.shape and k.shape[0] == batch and k.shape[3] == size, "batch, head size, and all of k and v must agree", **given)
     check(name, key_heads > 0 and heads % key_heads == 0, f"{heads} query heads cannot share {key_heads} key-value heads evenly", **given)
     check(name, queries <= keys, f"{queries} queries are more than {keys} keys; queries are the last positions of the keys'", **given)
-    check(name, 1 <= size <= 128 or not fused(q), f"the head size is {size}, and kernels go up to 128; use flash_attention_reference", **given)
+    check(name, 1 <= size <= (128 if fused(q) else math.inf), f"the head size is {size}, and kernels know 1 to 128; use flash_attention_reference", **given)
     check(name, scale is None or 0 < scale < math.inf, f"scale is {scale}; it must be positive", **given)
     check(name, window is None or window >= 1, f"window is {window}; it must be at least 1, a position's own", **given)
     check(name, softcap is None or 0 < softcap < math.inf, f"softcap is {softcap}; it must be positive", **given)
     for key, shape in (("document_ids", (batch, keys)), ("key_lengths", (batch,))):
         numbers = given[key]
-        check(name, numbers is None or numbers.shape == shape and numbers.device == q.device and not numbers.is_floating_point(),
-              f"{key} must be integers {tuple(shape)} on q's device", **given)
+        check(name, numbers is None or numbers.shape == shape and numbers.device == q.device and numbers.dtype in WHOLE,
+              f"{key} must be integers {tuple(shape)}, int64 at most, on q's device", **given)
     if not fused(q) or q.numel() == 0 or k.numel() == 0:
         return flash_attention_reference(q, k, v, causal, scale, window, softcap, document_ids, key_lengths)
     whole = lambda t: t if t is None or t.dtype in (torch.int32, torch.int64) else t.to(torch.int32)
@@ -962,7 +1013,7 @@ def _cross_entropy(logits, targets, lse, target_logit, pull, push, padded, vocab
 @jit
 def _capped(z, cap, CAP: tl.constexpr):
     """cap · tanh(z / cap), or z."""
-    return cap - 2 * cap / (tl.exp2(z * (2.8853900817779268 / cap)) + 1) if CAP else z
+    return cap * _tanh(z / cap) if CAP else z
 
 
 @jit
@@ -998,14 +1049,14 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor):
 def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, pull: Tensor | None = None,
                   push: Tensor | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of x (N, hidden_size) and weight (V, hidden_size): log-sum-exp and target's logit of each position (N), and with pull and push (N)
-    what gradients pull · (1 + 2 z_loss lse) · softmax + push · onehot of the logits give to x and to weight."""
+    what gradients pull · (1 + 2 z_loss lse) · softmax + push · onehot of the logits give to x and, in float32, to weight."""
     w, (count, vocabulary) = weight.to(dtype), (len(x), len(weight))
     rows = min(count, max(512, 64 * triton.cdiv(count, 1024)))           # a sixteenth of the positions, or 512
     padded = 64 * triton.cdiv(vocabulary, 64)
     logits = x.new_empty(rows, padded, dtype=dtype)
     lse, target_logit = x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
     gradient = pull is not None
-    dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if gradient else (x.new_empty(0), x.new_empty(0))
+    dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if gradient else (x.new_empty(0), x.new_empty(0, dtype=torch.float32))
     for i in range(0, count, rows):
         part, n = slice(i, i + rows), min(rows, count - i)
         x_part, z = x[part].to(dtype), logits[:n, :vocabulary]
@@ -1016,42 +1067,47 @@ def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dt
         if gradient:
             dx[part] = z @ w
             add_product_(dw, z, x_part)
-    return lse, target_logit, dx, dw.to(weight.dtype) if gradient else dw
+    return lse, target_logit, dx, dw
 
 
-@torch.library.custom_op("flatlm::linear_cross_entropy", mutates_args=())
+@operator
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float, z_loss: float, dtype: torch.dtype,
                           backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss, one over the number of targets that count, and with `backward` the gradients of the sum of losses."""
+    """The mean loss, one over the number of targets that count, and with `backward` the gradients of the sum of losses, which keep their
+    digits in float16 until they meet the factor that loss scaling puts behind the mean."""
     counted = targets != ignore_index
-    share = 1 / counted.sum(dtype=torch.float32)
+    count = counted.sum(dtype=torch.float32)
     # a target outside the vocabulary makes everything NaN that it would have touched
     pull = counted.float().masked_fill(counted & ((targets < 0) | (targets >= len(weight))), float("nan"))
     lse, target_logit, dx, dw = _through_head(x, weight, targets, softcap, dtype, *(pull, -pull) if backward else (), z_loss=z_loss)
     losses = pull * (lse - target_logit + z_loss * lse.square())
-    return losses.where(counted, 0).sum() * share, share, dx, dw
+    return losses.where(counted, 0).sum() / count, 1 / count.clamp(min=1), dx, dw
 
 
 @_linear_cross_entropy.register_fake
 def _(x, weight, targets, ignore_index, softcap, z_loss, dtype, backward):
     scalar = lambda: x.new_empty((), dtype=torch.float32)
-    return scalar(), scalar(), *(map(torch.empty_like, (x, weight)) if backward else (x.new_empty(0), x.new_empty(0)))
+    if not backward:
+        return scalar(), scalar(), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    return scalar(), scalar(), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
 
 
 def _loss_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[1].dtype
+    ctx.set_materialize_grads(False)                                     # or autograd makes zeros as gradients of dx and dw
 
 
 def _loss_gradients(ctx, g, *_):
     share, dx, dw = ctx.saved_tensors
     # in place: they are large, and wanted once (autograd notices a second time)
-    return dx.mul_(g * share), dw.mul_(g * share), *[None] * 6
+    return dx.mul_(g * share), dw.mul_(g * share).to(ctx.dtype), *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_loss_gradients, setup_context=_loss_context)
 
 
-@torch.library.custom_op("flatlm::linear_logsumexp", mutates_args=())
+@operator
 def _linear_logsumexp(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _through_head(x, weight, targets, softcap, dtype)[:2]
 
@@ -1061,10 +1117,11 @@ def _(x, weight, targets, softcap, dtype):
     return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
 
 
-@torch.library.custom_op("flatlm::linear_logsumexp_backward", mutates_args=())
+@operator
 def _linear_logsumexp_backward(x: Tensor, weight: Tensor, targets: Tensor, g_lse: Tensor, g_target: Tensor, softcap: float,
                                dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _through_head(x, weight, targets, softcap, dtype, g_lse.contiguous(), g_target.contiguous())[2:]
+    dx, dw = _through_head(x, weight, targets, softcap, dtype, g_lse.contiguous(), g_target.contiguous())[2:]
+    return dx, dw.to(weight.dtype)
 
 
 @_linear_logsumexp_backward.register_fake
@@ -1088,10 +1145,10 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, soft
     """ValueError for what does not fit together."""
     given = dict(hidden=hidden, weight=weight, targets=targets)
     check(name, hidden.device == weight.device == targets.device, "all tensors must be on one device", **given)
-    check(name, weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1], "hidden (..., size) and weight (V, size) do not fit", **given)
+    check(name, weight.dim() == 2 and len(weight) > 0 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1], "hidden (..., size) and weight (V, size) do not fit", **given)
     check(name, targets.shape == hidden.shape[:-1], "there must be one target for each position of hidden", **given)
     check(name, targets.dtype in (torch.int32, torch.int64), "targets must be int64 or int32", **given)
-    mixed = hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type)
+    mixed = hidden.dtype != weight.dtype and not autocasts(hidden)
     check(name, not mixed, "hidden and weight must have one dtype, unless autocast is on", **given)
     check(name, all(t.dtype in FLOATS or not fused(t) and t.is_floating_point() for t in (hidden, weight)),
           "the dtype must be float32, bfloat16 or float16", **given)
@@ -1107,7 +1164,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     at a time (at least 512); products run in autocast's dtype where it is on, sums in float32. Both gradients are made in the forward
     pass. NaN if no target counts, and NaN, with NaN gradients, if one lies outside the vocabulary. ValueError for what does not fit."""
     _check_head("linear_cross_entropy", hidden, weight, targets, softcap)
-    if not fused(hidden) or targets.numel() == 0 or weight.numel() == 0:
+    if not fused(hidden) or hidden.numel() == 0:
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index, softcap, z_loss)
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     x, y = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
@@ -1122,7 +1179,7 @@ def linear_logsumexp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: f
     rows of `weight` and targets less the number of rows before them; where a target lies in another part its logit comes out as -inf.
     The whole log-sum-exp is that of the ranks' ones, the whole target logit their maximum."""
     _check_head("linear_logsumexp", hidden, weight, targets, softcap)
-    if not fused(hidden) or targets.numel() == 0 or weight.numel() == 0:
+    if not fused(hidden) or hidden.numel() == 0:
         return linear_logsumexp_reference(hidden, weight, targets, softcap)
     x, y = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
     parts = _linear_logsumexp(x, weight.contiguous(), y, float(softcap or 0), autocast_dtype(weight))
@@ -1209,7 +1266,7 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, skip)
     if not params:
         return
-    if not fused(*params):
+    if not fused(params[0]):
         return adamw_step_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, skip)
     torch._foreach_add_(steps, 1.0 if skip is None else (~skip).float())
     t = torch.stack([*steps])
@@ -1229,3 +1286,432 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
         launch(_adamw_kernel, programs, table, owners, rates, skip, 1.0 - beta1, 1.0 - beta2, float(eps), 1.0 - lr * weight_decay,
                P=getattr(tl, str(p_dtype)[6:]), G=getattr(tl, str(g_dtype)[6:]), ALIGNED=aligned, CHUNK=4096, num_warps=8)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])     # as in-_place operations of PyTorch do
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# python kernels.py errors: each kernel against its twin in float64
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """‖ours - exact‖ / ‖exact‖; NaN where there is one."""
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def errors_of(function, twin, tensors: list[Tensor], **options) -> tuple[float, float]:
+    """The error of function(*tensors), and the largest of the gradients' errors, against the twin in float64."""
+    ours = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    out, expected = function(*ours, **options), twin(*exact, **options)
+    g = torch.randn_like(out)
+    pairs = zip(torch.autograd.grad(out, [t for t in ours if t.requires_grad], g),
+                torch.autograd.grad(expected, [t for t in exact if t.requires_grad], g.double()))
+    return relative_error(out, expected), max((relative_error(a, b) for a, b in pairs), key=lambda e: (math.isnan(e), e))
+
+
+def error_cases(device: torch.device, dtype: torch.dtype):
+    """(kernel, case, function, twin, tensors, options), of sizes that divide nothing; on a GPU larger ones."""
+    gpu = device.type == "cuda"
+    S, D, N, V = (1000, 64, 1500, 5001) if gpu else (75, 24, 70, 201)
+    random = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
+    heads = lambda h, s, d=D: random(2, s, h, d).transpose(1, 2)                     # as the model has them
+    documents = (torch.arange(S, device=device) // (S // 3)).expand(2, S)
+    lengths = torch.tensor([S, S // 2], device=device)
+    for case, (h, kv, s, d), options in (
+            ("causal", (2, 2, S, D), {}), ("all positions", (2, 2, S, D), {"causal": False}), ("grouped heads", (4, 2, S, D), {}),
+            ("the last queries", (2, 1, S // 3, D), {}), ("one query", (2, 1, 1, D), {}), ("head of 128", (1, 1, S, 128), {}),
+            ("window", (2, 1, S, D), {"window": S // 4}), ("capped", (2, 1, S, D), {"softcap": 2.0}),
+            ("documents", (2, 1, S, D), {"document_ids": documents}), ("lengths", (2, 1, S, D), {"key_lengths": lengths}),
+            ("everything", (4, 2, S - 9, D), {"window": S // 2, "softcap": 5.0, "document_ids": documents, "key_lengths": lengths, "scale": 0.3})):
+        yield "flash_attention", case, flash_attention, flash_attention_reference, [heads(h, s, d), heads(kv, S, d), heads(kv, S, d)], options
+    targets = torch.randint(V, (N,), device=device).where(torch.rand(N, device=device) > 0.2, -100)
+    for case, options in (("mean loss", {}), ("capped, z-loss", {"softcap": 3.0, "z_loss": 0.01})):
+        yield ("linear_cross_entropy", case, lambda h, w, **o: linear_cross_entropy(h, w, targets, **o),
+               lambda h, w, **o: linear_cross_entropy_reference(h, w, targets, **o), [random(N, 40), random(V, 40)], options)
+    both = lambda function: lambda h, w: torch.stack(function(h, w, targets.clamp(min=0)))
+    yield "linear_logsumexp", "per token", both(linear_logsumexp), both(linear_logsumexp_reference), [random(N, 40), random(V, 40)], {}
+    for size in (64, 1000):
+        yield ("rms_norm", f"rows of {size}", lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5),
+               [random(2, N, size), random(size)], {})
+    yield "swiglu", "halves of a product", lambda x: swiglu(*x.chunk(2, -1)), lambda x: swiglu_reference(*x.chunk(2, -1)), [random(N, 200)], {}
+    angles = torch.randn(S, D // 2, device=device) * 3
+    yield ("rope", "transposed heads", lambda x: rope(x, angles.cos(), angles.sin()),
+           lambda x: rope_reference(x, angles.cos().double(), angles.sin().double()), [heads(3, S)], {})
+
+
+def adamw_error(device: torch.device, dtype: torch.dtype) -> float:
+    """The error of three steps' changes of float32 parameters with gradients of `dtype`, against torch's AdamW in float64."""
+    start = [torch.randn(shape, device=device) for shape in ((33, 65), (1000,), ())]
+    ours, moments = [p.clone() for p in start], [[torch.zeros_like(p) for p in start] for _ in range(2)]
+    exact = [p.double().requires_grad_() for p in start]
+    peer = torch.optim.AdamW(exact, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    steps = [torch.zeros((), device=device) for _ in start]
+    for _ in range(3):
+        grads = [torch.randn_like(p).to(dtype) for p in start]
+        adamw_step(ours, grads, *moments, steps, 0.01, 0.9, 0.95, 1e-8, 0.1)
+        for p, g in zip(exact, grads):
+            p.grad = g.double()
+        peer.step()
+    return max(relative_error(p - first, e.detach() - first) for p, e, first in zip(ours, exact, start))
+
+
+def errors_command(device: torch.device) -> dict:
+    """A table of errors, and its rows. bfloat16 products come out wrong in the interpreter, so that a CPU checks the other two."""
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore", RuntimeWarning)                      # NumPy's, of what the interpreter computes and then masks
+    dtypes = FLOATS if device.type == "cuda" else (torch.float32, torch.float16)
+    rows = [{"kernel": kernel, "case": case, "dtype": str(dtype)[6:], **dict(zip(("forward", "gradients"), errors_of(function, twin, tensors, **options)))}
+            for dtype in dtypes for kernel, case, function, twin, tensors, options in tqdm_of([*error_cases(device, dtype)], "kernels")]
+    rows += [{"kernel": "adamw_step", "case": "three steps", "dtype": str(dtype)[6:], "forward": adamw_error(device, dtype), "gradients": None} for dtype in dtypes]
+    print(f"errors against float64, ‖ours - exact‖ / ‖exact‖ ({'on ' + torch.cuda.get_device_name() if device.type == 'cuda' else 'interpreted on the CPU'})")
+    cases, shown = {}, lambda error: "-" if error is None else f"{error:.1e}"
+    for row in rows:
+        cases.setdefault((row["kernel"], row["case"]), []).append(f"{shown(row['forward'])}  {shown(row['gradients'])}")
+    print_table([["kernel", "case", *(f"{str(dtype)[6:]}: forward, gradients" for dtype in dtypes)]] + [[*key, *cells] for key, cells in cases.items()])
+    return {"errors": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# python kernels.py compile: what becomes of every kernel on an H100, with none at hand
+
+def compile_jobs() -> list:
+    """(what, a call without arguments) for each kind of call that the kernels have settings for: inputs are on `meta`, so that there is
+    nothing but shapes."""
+    meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    jobs = []
+
+    def attention(what, dtype, size, rich):
+        q, out = (meta(2, 4096, 16, size, dtype=dtype).transpose(1, 2) for _ in range(2))
+        k, lse = meta(2, 4096, 4, size, dtype=dtype).transpose(1, 2), meta(2, 16, 4096, dtype=torch.float32)
+        ids, lengths, window, cap = (meta(2, 4096, dtype=torch.int64), meta(2, dtype=torch.int64), 1024, 50.0) if rich else (None, None, 0, 0.0)
+        jobs.append((what, lambda: _flash_attention.plain(q, k, k, ids, lengths, True, size ** -0.5, window, cap)))
+        jobs.append((what, lambda: _flash_attention_backward.plain(out, q, k, k, out, lse, ids, lengths, True, size ** -0.5, window, cap)))
+
+    for size in (16, 32, 64, 128):
+        attention(f"bfloat16, D {size}, causal", torch.bfloat16, size, False)
+        attention(f"bfloat16, D {size}, everything on", torch.bfloat16, size, True)
+        attention(f"float32, D {size}, everything on", torch.float32, size, True)
+    attention("bfloat16, D 80, causal", torch.bfloat16, 80, False)
+    attention("float16, D 64, causal", torch.float16, 64, False)
+
+    def head(what, dtype, vocabulary, gradient, cap, z_loss):
+        x, weight, targets = meta(512, 4096, dtype=dtype), meta(vocabulary, 4096, dtype=dtype), meta(512, dtype=torch.int64)
+        pull = meta(512, dtype=torch.float32) if gradient else None
+        jobs.append((what, lambda: _through_head(x, weight, targets, cap, dtype, pull, pull, z_loss)))
+
+    head("bfloat16, V 128,256", torch.bfloat16, 128_256, True, 0.0, 0.0)
+    head("bfloat16, V 50,257, capped, z-loss", torch.bfloat16, 50_257, True, 30.0, 1e-4)
+    head("bfloat16, no gradients", torch.bfloat16, 128_256, False, 0.0, 0.0)
+    head("float32, capped, z-loss", torch.float32, 50_257, True, 30.0, 1e-4)
+    for dtype in (torch.bfloat16, torch.float32):
+        for size in (128, 1024, 4096, 8192, 16384):
+            x, weight, what = meta(8192, size, dtype=dtype), meta(size, dtype=dtype), f"{str(dtype)[6:]}, rows of {size:,}"
+            jobs.append((what, lambda x=x, weight=weight: (_rms_norm.plain(x, weight, 1e-5, x.dtype), _rms_norm_backward.plain(x, weight, x, 1e-5))))
+        halves = meta(8192, 2 * 14336, dtype=dtype).chunk(2, -1)
+        jobs.append((f"{str(dtype)[6:]}, halves of a product", lambda halves=halves: (
+            _swiglu.plain(*halves), _swiglu_backward.plain(*halves, meta(8192, 14336, dtype=halves[0].dtype)))))
+        heads, angles = meta(8, 4096, 32, 128, dtype=dtype).transpose(1, 2), meta(4096, 64, dtype=torch.float32)
+        jobs.append((f"{str(dtype)[6:]}, D 128", lambda heads=heads: _rope.plain(heads, angles, angles, False)))
+        table, owners, rates = meta(300, 8, dtype=torch.int64), meta(1000, dtype=torch.int64), meta(300, 2, dtype=torch.float32)
+        for aligned in (True, False):
+            jobs.append((f"{str(dtype)[6:]} parameters, {'' if aligned else 'not '}aligned", lambda aligned=aligned, p=getattr(tl, str(dtype)[6:]): launch(
+                _adamw_kernel, 1000, table, owners, rates, meta(dtype=torch.bool), 0.1, 0.05, 1e-8, 0.999, P=p, G=p, ALIGNED=aligned, CHUNK=4096, num_warps=8)))
+    return jobs
+
+
+def pretend_h100():
+    """Have Triton compile for sm_90 although no GPU is there to ask."""
+    from triton.backends.compiler import GPUTarget
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+                                                     get_current_stream=lambda device=None: 0))
+
+
+def describe(kernel, what: str) -> dict:
+    """What a compiled kernel needs, as cuobjdump has it, and by which instructions it multiplies matrices."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"kernel": kernel.src.fn.__name__.strip("_"), "what": what, "tile": " x ".join(str(constants[key]) for key in "MN" if key in constants),
+            "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "registers": usage["REG"],
+            "stack_bytes": usage["STACK"] + usage["LOCAL"], "shared_bytes": kernel.metadata.shared,
+            "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "mma": kernel.asm["ptx"].count("mma.sync"), "dots": kernel.asm["ttir"].count("tt.dot")}
+
+
+def compile_job(number: int) -> list[dict]:
+    """Do one of `compile_jobs`."""
+    global COMPILED
+    pretend_h100()
+    what, work = compile_jobs()[number]
+    COMPILED = []
+    work()
+    kernels = {id(kernel): kernel for kernel in COMPILED}.values()                   # chunks and groups launch the same one again
+    return [describe(kernel, what) for kernel in kernels]
+
+
+def compile_command() -> dict:
+    """A table of what all kernels compile to, and its rows."""
+    count = len(compile_jobs())
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        rows = [row for rows in tqdm_of(pool.map(compile_job, range(count)), "kernels compiled", count) for row in rows]
+    unique = {tuple(row.values()): row for row in rows}
+    rows = sorted(unique.values(), key=lambda row: (row["kernel"], row["what"]))
+    print("compiled for sm_90 (an H100 has 255 registers a thread, 227 KB of shared memory a block; stack bytes are spilled registers)")
+    print_table([["kernel", "for", "tile", "warps", "stages", "registers", "stack bytes", "shared KB", "products by"]] + [
+        [row["kernel"], row["what"], row["tile"] or "-", *(str(row[key]) for key in ("warps", "stages", "registers", "stack_bytes")),
+         f"{row['shared_bytes'] / 1024:.1f}", "wgmma" if row["wgmma"] else "mma" if row["mma"] else "-"] for row in rows])
+    return {"compile": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# On a GPU: times
+
+def milliseconds(work, repeat: int = 50) -> float | None:
+    """Median time on the device, warm, its cache flushed before each run; None if it does not fit, or is not there."""
+    try:
+        return triton.testing.do_bench(work, warmup=20, rep=repeat, return_mode="median")
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:                                        # as SDPA says that it has no such kernel
+        if "No available kernel" not in str(error):
+            raise
+        return None
+
+
+def in_turns(contenders: dict, rounds: int = 3) -> dict:
+    """Median milliseconds of each contender, and how often ours fits into it: the median of ratios within a round, in which all have
+    their turn."""
+    times = [{name: milliseconds(work) for name, work in contenders.items()} for _ in range(rounds)]
+    median = lambda values: sorted(values)[len(values) // 2] if None not in values else None
+    ours = next(iter(contenders))
+    return {name: {"milliseconds": median([t[name] for t in times]),
+                   "ratio": median([t[name] / t[ours] if t[name] and t[ours] else None for t in times])} for name in contenders}
+
+
+def peak_bytes(work) -> int | None:
+    """Memory that work() takes at its peak beyond what was taken before; None if there is not enough."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def both_ways(function, tensors: list[Tensor]):
+    """Work: function(*tensors), and the gradients of those tensors that want them."""
+    wanted = [t for t in tensors if t.requires_grad]
+    out = function(*(t.detach() for t in tensors))
+    g = torch.randn_like(out)
+    del out
+    return lambda: torch.autograd.grad(function(*tensors), wanted, g)
+
+
+def backward_alone(function, tensors: list[Tensor]):
+    """Work: the gradients, again and again of one forward pass."""
+    wanted, out = [t for t in tensors if t.requires_grad], function(*tensors)
+    g = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, wanted, g, retain_graph=True)
+
+
+def forward_alone(function, tensors: list[Tensor]):
+    """Work: function(*tensors), with nothing kept for a backward pass."""
+    tensors = [t.detach() for t in tensors]
+    return lambda: function(*tensors)
+
+
+def sdpa(backend: str):
+    """PyTorch's causal attention by one of its back ends."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attention(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attention
+
+
+def attention_operations(queries: int, size: int, heads: int, products: int) -> float:
+    """Operations of so many products of causal attention (2 forward, 5 backward), half of whose scores are there."""
+    return products * 2 * queries ** 2 * size * heads / 2
+
+
+def time_cases():
+    """(kernel, case, the way, function, its peers by name, tensors, operations or None, bytes or None); sizes far beyond the cache."""
+    random = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for size in (64, 128):
+        tensors = [random(1, 16, 16384, size) for _ in range(3)]
+        peers = {"flash": sdpa("FLASH_ATTENTION"), "cuDNN": sdpa("CUDNN_ATTENTION")}
+        for way, products in ((forward_alone, 2), (both_ways, 7)):
+            yield "flash_attention", f"16 heads, S 16,384, D {size}, causal", way, flash_attention, peers, tensors, attention_operations(16384, size, 16, products), None
+    N, hidden, V = 32768, 4096, 128_256
+    targets = torch.randint(V, (N,), device="cuda")
+    plain = lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets)
+    tensors = [random(N, hidden), (torch.randn(V, hidden, device="cuda") / hidden ** 0.5).bfloat16().requires_grad_()]
+    yield ("linear_cross_entropy", f"N {N:,}, hidden {hidden:,}, V {V:,}", both_ways, lambda h, w: linear_cross_entropy(h, w, targets),
+           {"PyTorch": plain, "compiled": torch.compile(plain)}, tensors, 6 * N * hidden * V, None)
+    x, weight = random(32768, 4096), random(4096)
+    norm = lambda x, w: rms_norm_reference(x, w, 1e-5)
+    for way, passes in ((forward_alone, 2), (backward_alone, 3)):
+        yield ("rms_norm", "32,768 x 4,096", way, lambda x, w: rms_norm(x, w, 1e-5),
+               {"PyTorch": lambda x, w: F.rms_norm(x, (4096,), w, 1e-5), "compiled": torch.compile(norm)}, [x, weight], None, passes * 2 * x.numel())
+    pair = [random(16384, 14336) for _ in range(2)]
+    for way, passes in ((forward_alone, 3), (backward_alone, 5)):
+        yield ("swiglu", "16,384 x 14,336", way, swiglu, {"PyTorch": lambda g, u: F.silu(g) * u, "compiled": torch.compile(swiglu_reference)}, pair, None,
+               passes * 2 * pair[0].numel())
+    heads, angles = random(8, 4096, 32, 128).transpose(1, 2).detach().requires_grad_(), torch.randn(4096, 64, device="cuda")
+    tables = angles.cos(), angles.sin()
+    for way in (forward_alone, backward_alone):
+        yield ("rope", "8 x 32 heads x 4,096 x 128", way, lambda x: rope(x, *tables),
+               {"PyTorch": lambda x: rope_reference(x, *tables), "compiled": torch.compile(lambda x: rope_reference(x, *tables))}, [heads], None, 4 * heads.numel())
+
+
+def adamw_times() -> dict:
+    """Ours and torch's fused AdamW over a billion parameters in 304 tensors."""
+    params = [torch.randn(4096, 800, device="cuda") for _ in range(304)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    moments, steps = [[torch.zeros_like(p) for p in params] for _ in range(2)], [torch.zeros((), device="cuda") for _ in params]
+    peers = {"PyTorch": torch.optim.AdamW(params, fused=True).step, "foreach": torch.optim.AdamW(params, foreach=True).step}
+    return in_turns({"ours": lambda: adamw_step(params, [p.grad for p in params], *moments, steps, 1e-3, 0.9, 0.999, 1e-8, 0.01)} | peers) | {
+        "bytes": 28 * sum(p.numel() for p in params)}
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches: operations per second of a large bfloat16 product, bytes per second (in and out) of a large copy."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return {"operations": 2 * 8192 ** 3 / milliseconds(lambda: a @ b, 200) * 1000, "bytes": 2 ** 32 / milliseconds(lambda: target.copy_(source), 100) * 1000}
+
+
+def times_command() -> dict:
+    """A table of times beside PyTorch's, and its rows."""
+    top, rows = ceilings(), []
+    for kernel, case, way, function, peers, tensors, operations, size in tqdm_of(time_cases(), "measured", 11):
+        contenders = {name: way(f, tensors) for name, f in {"ours": function, **peers}.items()}
+        row = {"kernel": kernel, "case": case, "way": way.__name__, "operations": operations, "bytes": size, **in_turns(contenders)}
+        if kernel == "linear_cross_entropy":
+            row["peak_bytes"] = {name: peak_bytes(work) for name, work in contenders.items()}
+        rows.append(row)
+        del contenders, tensors, peers, function
+    rows.append({"kernel": "adamw_step", "case": "10⁹ float32 parameters, 304 tensors", "way": "one step", "operations": None} | adamw_times())
+    print(f"times on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; here a product of large bfloat16 matrices reaches "
+          f"{top['operations'] / 1e12:.0f} TFLOP/s, a copy {top['bytes'] / 1e12:.2f} TB/s")
+    lines = [["kernel", "case", "", "ms", "rate", "of the ceiling", "the others' time over ours"]]
+    for row in rows:
+        kind = "operations" if row["operations"] else "bytes"
+        names = [key for key, value in row.items() if isinstance(value, dict) and "ratio" in value and key != "ours"]
+        rate = row[kind] / row["ours"]["milliseconds"] * 1000
+        row["of_ceiling"] = rate / top[kind]
+        lines.append([row["kernel"], row["case"], row["way"].replace("_", " "), f"{row['ours']['milliseconds']:.3f}",
+                      f"{rate / 1e12:,.0f} TFLOP/s" if kind == "operations" else f"{rate / 1e9:,.0f} GB/s", f"{row['of_ceiling']:.0%}",
+                      ", ".join(f"{name} " + (f"{row[name]['ratio']:.2f}" if row[name]["ratio"] else "n/a") for name in names)])
+    print_table(lines)
+    for row in rows:
+        if "peak_bytes" in row:
+            print(f"{row['kernel']}: memory at the peak, beyond the inputs: " + ", ".join(
+                f"{name} {'out of memory' if size is None else f'{size / 1e9:.2f} GB'}" for name, size in row["peak_bytes"].items()))
+    return {"times": rows, "ceilings": top}
+
+
+def sweep_command() -> dict:
+    """Attention, ours and plain PyTorch, over lengths and head sizes: times and peak memory, one batch of 16 causal heads in bfloat16."""
+    rows, contenders = [], {"ours": flash_attention, "plain": flash_attention_reference}
+    sizes = [(d, 2 ** s) for d in (16, 32, 64, 128) for s in range(7, 17)]
+    for size, length in tqdm_of(sizes, "sizes"):
+        for name, function in contenders.items():
+            row = {"head_size": size, "sequence_length": length, "version": name}
+            for key, way in (("forward", forward_alone), ("backward", backward_alone), ("both", both_ways)):
+                try:
+                    tensors = [torch.randn(1, 16, length, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+                    work = way(function, tensors)
+                    row[key], row[f"{key}_bytes"] = milliseconds(work, 30), peak_bytes(work)
+                except torch.OutOfMemoryError:
+                    row[key] = row[f"{key}_bytes"] = None
+                tensors = work = None
+                torch.cuda.empty_cache()
+            rows.append(row)
+    print(f"attention on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: 1 x 16 heads, causal, bfloat16; ms and peak memory "
+          "beyond the inputs")
+    cell = lambda row, key: "out of memory" if row[key] is None else f"{row[key]:.3f}"
+    lines = [["D", "S", "", "forward", "backward", "both", "TFLOP/s", "MB"]]
+    for row in rows:
+        rate = row["both"] and attention_operations(row["sequence_length"], row["head_size"], 16, 7) / row["both"] / 1e9
+        lines.append([str(row["head_size"]), f"{row['sequence_length']:,}", row["version"], cell(row, "forward"), cell(row, "backward"), cell(row, "both"),
+                      f"{rate:.1f}" if rate else "-", f"{row['both_bytes'] / 1e6:,.0f}" if row["both_bytes"] else "-"])
+    print_table(lines)
+    return {"sweep": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def tqdm_of(work, unit: str, total: int | None = None):
+    """A progress bar where someone looks at one."""
+    from tqdm import tqdm
+    return tqdm(work, total=total, desc=unit, leave=False, disable=None)
+
+
+def print_table(rows: list[list[str]]):
+    """Columns: words to the left, numbers to the right."""
+    number = [all(re.fullmatch(r"[\d.,e+x%-]+( .*/s| {1,2}\S+)?|-|out of memory", cell.strip()) for cell in column[1:]) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("   ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, number)).rstrip())
+
+
+def elsewhere(command: str, interpret: bool) -> dict:
+    """Another process of this script does `command`, with the interpreter or without (a kernel is one or the other from its definition on);
+    what it wrote as JSON."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    print(f"$ {'TRITON_INTERPRET=1 ' if interpret else ''}python kernels.py {command}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "out.json")
+        code = subprocess.run([sys.executable, __file__, command, "--json", file], env=environment).returncode
+        if code:
+            sys.exit(code)
+        return json.loads(file.read_text())
+
+
+def main():
+    """Check and measure the kernels."""
+    parser = argparse.ArgumentParser(prog="kernels.py", allow_abbrev=False, description=(
+        "Check and measure the kernels. Without a command: on a GPU errors and times, elsewhere errors (interpreted) and what kernels compile to."))
+    parser.add_argument("command", nargs="?", choices=("errors", "compile", "times", "sweep"), help=(
+        "errors against float64; registers, shared memory and spills on an H100 (needs no GPU); times beside PyTorch's; attention over lengths and head sizes"))
+    parser.add_argument("--json", metavar="FILE", help="write everything measured into this file too")
+    args = parser.parse_args()
+    try:
+        if triton is None:
+            raise ValueError("Triton is not installed, so that there are only the twins; pip install triton (on Linux)")
+        if args.json and not Path(args.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+        gpu = torch.cuda.is_available() and not INTERPRETED
+        if args.command in ("times", "sweep") and not gpu:
+            raise ValueError(f"{args.command} needs a GPU" + (", and no TRITON_INTERPRET" if INTERPRETED else "; `errors` and `compile` do without"))
+        device, results = torch.device("cuda" if gpu else "cpu"), {}
+        for command in [args.command] if args.command else ["errors", "times"] if gpu else ["errors", "compile"]:
+            if command == "errors" and not gpu and not INTERPRETED or command == "compile" and INTERPRETED:
+                results |= elsewhere(command, interpret=command == "errors")
+            elif command == "errors":
+                results |= errors_command(device)
+            else:
+                results |= {"compile": compile_command, "times": times_command, "sweep": sweep_command}[command]()
+        if args.json:
+            machine = {"gpu": torch.cuda.get_device_name() if gpu else None, "torch": torch.__version__, "triton": triton.__version__}
+            temporary = Path(f"{args.json}.tmp.{os.getpid()}")
+            temporary.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+            temporary.replace(args.json)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"kernels.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "kernels.py: interrupted; nothing was written\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -149,6 +149,7 @@ class Settings:
     # where
     device: str = setting(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = setting(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
+    kernels: str = setting(str, None, "triton (kernels.py's) or torch; none: triton on a GPU that has it")
     recompute: bool = setting(bool, False, "keep of each layer its input alone, and compute the rest again in the backward pass")
     parallel: str = setting(str, "ddp", "what ranks share, beside the work: ddp (nothing), zero1 (optimizer state), fsdp "
                                         "(everything)")
@@ -161,7 +162,7 @@ class Settings:
 
 
 # A resumed run may change these freely.
-FREE = set("device micro_tokens recompute parallel log_every eval_every save_every samples stop_after slots "
+FREE = set("device micro_tokens kernels recompute parallel log_every eval_every save_every samples stop_after slots "
            "reward_seconds".split())
 
 
@@ -1606,7 +1607,7 @@ def open_run(s: Settings, saved: dict | None, scored: bool = False) -> Run:
     model.forward = (partial(sequence_scores, model) if s.command == "reward" else
                      partial(token_log_probs, model, temperature=1.0 if s.command == "expert" else s.temperature or 1.0))
     trainer = train.Settings(optimizer="adamw", learning_rate=s.learning_rate, muon_learning_rate=0.0, **{
-        name: getattr(s, name) for name in ("beta1", "beta2", "weight_decay", "clip", "seed", "recompute", "parallel", "dtype")})
+        name: getattr(s, name) for name in ("beta1", "beta2", "weight_decay", "clip", "seed", "recompute", "parallel", "dtype", "kernels")})
     setup = assemble(trainer, model, device, ranks, s.dtype == "bfloat16")
     out = Path(s.resume or s.out)
     if out.resolve() == Path(s.model).resolve():
@@ -3523,7 +3524,7 @@ def check(s: Settings):
         if not 0 <= (getattr(s, name) or 0) <= 1:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must be from 0 to 1")
     for name, known in (("baseline", ("group", "none")), ("normalize_length", ("sequence", "token", "constant")),
-                        ("objective", ("clip", "ratio", "reinforce")), ("dtype", ("bfloat16", "float32")),
+                        ("objective", ("clip", "ratio", "reinforce")), ("dtype", ("bfloat16", "float32")), ("kernels", ("triton", "torch")),
                         ("parallel", ("ddp", "zero1", "fsdp"))):
         value = getattr(s, name)
         if value is not None and value not in known:

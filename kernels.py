@@ -698,7 +698,7 @@ def _query_step(dq, q, g, lse, delta, k, v, start, length, query, query_ids, ids
 
 
 @tuned({("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
-        ("plain", 64): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 2), (64, 64, 4, 2)],
+        ("plain", 64): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 2), (64, 32, 4, 3)],
         ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
         ("rich", 64): [(128, 64, 8, 3), (64, 64, 4, 3)], ("rich", 128): [(128, 32, 8, 2), (64, 32, 4, 2)],
         ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)], ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 32, 8, 1)]})
@@ -767,9 +767,9 @@ def _key_step(dk, dv, k, v, q, g, lse, delta, start, queries, length, offset, ke
 
 
 @tuned({("plain", 16): [(64, 64, 4, 3)], ("plain", 32): [(64, 64, 4, 3)],
-        ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (32, 64, 4, 2)],
+        ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (16, 64, 4, 3)],
         ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
-        ("rich", 64): [(64, 128, 8, 3), (32, 64, 4, 3)], ("rich", 128): [(32, 128, 8, 2), (16, 64, 4, 2)],
+        ("rich", 64): [(64, 128, 8, 3), (32, 64, 4, 3)], ("rich", 128): [(32, 128, 8, 1), (16, 128, 8, 2)],
         ("float32", 16): [(32, 64, 4, 2)], ("float32", 32): [(32, 64, 4, 2)], ("float32", 64): [(16, 32, 4, 2)], ("float32", 128): [(32, 16, 8, 1)]})
 @jit
 def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -926,10 +926,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
               f"{key} must be integers {tuple(shape)}, int64 at most, on q's device", **given)
     if not fused(q) or q.numel() == 0 or k.numel() == 0:
         return flash_attention_reference(q, k, v, causal, scale, window, softcap, document_ids, key_lengths)
+    if size % 16:                                                        # zeros change no score, and even rows are read 16 bytes at a time
+        q, k, v = (F.pad(t, (0, -size % 16)) for t in (q, k, v))
     whole = lambda t: t if t is None or t.dtype in (torch.int32, torch.int64) else t.to(torch.int32)
     ids, lengths = (None if t is None else whole(t).contiguous() for t in (document_ids, key_lengths))
     scale, window = size ** -0.5 if scale is None else scale, min(window or 0, keys)
-    return _flash_attention(rows_dense(q), rows_dense(k), rows_dense(v), ids, lengths, causal, float(scale), window, float(softcap or 0))[0]
+    out, _ = _flash_attention(rows_dense(q), rows_dense(k), rows_dense(v), ids, lengths, causal, float(scale), window, float(softcap or 0))
+    return out[..., :size]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ learned. Nothing waits for the device inside a step: losses are read one step la
 kill at any moment leaves a run that can be resumed.
 
 A run folder is a Hugging Face model folder plus args.json, log.jsonl (one object per logged step) and state/ (what
---resume reads). Who holds what of the model when there are several ranks is ddp.py's affair. Left out so far: fused kernels.
+--resume reads). Who holds what of the model when there are several ranks is ddp.py's affair; on a GPU the operations worth fusing
+are kernels.py's.
 """
 import argparse
 import ctypes
@@ -64,9 +65,10 @@ from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
+import kernels
 from bpe import Tokenizer
 from ddp import DDP, FSDP, MatrixOptimizer, ShardedOptimizer, bounds, gradient_norm, mesh, tensor_parallel, unsplit
-from model import (Config, Parser, Transformer, config_from_json, config_to_json, flops_per_token, human, load_pretrained,
+from model import (Config, Ops, Parser, Transformer, attention, config_from_json, config_to_json, flops_per_token, human, load_pretrained,
                    memory_bytes, model_type, num_parameters, preset, read_json, save_pretrained, write_atomically)
 
 
@@ -146,6 +148,7 @@ class Settings:
     device: str = flag(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = flag(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
     compile: bool = flag(bool, None, "compile the model with torch.compile")
+    kernels: str = flag(str, None, "triton (kernels.py's) or torch; none: triton on a GPU that has it")
     recompute: bool = flag(bool, None, "keep of each layer its input alone, and compute the rest again in the backward pass")
     workers: int = flag(int, None, "processes that tokenize; none: all cores")
     parallel: str = flag(str, "ddp", "what ranks share, beside the batch: ddp (nothing), zero1 (optimizer state), fsdp (everything)")
@@ -165,7 +168,7 @@ class Settings:
 
 # A resumed run may change these freely: how long, where and how often (and where its data lies now), not what it is.
 FREE = set("data anneal_data steps tokens max_seconds device compile workers out resume log_every eval_every eval_tokens "
-           "final_eval_tokens save_every stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel recompute".split())
+           "final_eval_tokens save_every stop_after wandb profile micro_batch_size max_skipped parallel tensor_parallel kernels recompute".split())
 # What a flag may change of a preset: fields of model.py's Config. Dropout is one too, but a matter of training.
 SHAPE = [f.name for f in fields(Settings) if f.name in set(Config.__dataclass_fields__) - {"vocab_size", "dropout"}]
 # Changing one of these makes it another run.
@@ -195,22 +198,26 @@ class AdamW(Skipping):
 
         m ← β₁ m + (1 - β₁) g        v ← β₂ v + (1 - β₂) g²
         p ← p - lr · wd · p - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+
+    fused: by kernels.py's `adamw_step`, one pass over everything.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused))
 
     def update(self, group: dict, skip: Tensor | None):
         """The formulas; with `skip` their outcome is decided on the device, which spares the host from waiting for it."""
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+                                 "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
+        if group["fused"]:
+            states = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            return kernels.adamw_step(params, [p.grad for p in params], *states, lr, beta1, beta2, eps, group["weight_decay"], skip)
+        for p in params:
             state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             go = 1.0 if skip is None else (~skip).float()               # 1, or 0 to leave everything as it is
             state["step"] += go
             m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -863,8 +870,8 @@ def document_ids(tokens: Tensor, end: int | None) -> Tensor | None:
     """Number each position's document (B, S); the token `end` belongs to the one that it ends. None for None: one document."""
     if end is None:
         return None
-    ends = (tokens == end).long()
-    return ends.cumsum(1) - ends
+    ends = (tokens == end).int()
+    return ends.cumsum(1, dtype=torch.int32) - ends
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -935,6 +942,21 @@ class Ranks:
         return words.tolist()
 
 
+def operations(choice: str | None, device: torch.device) -> Ops | None:
+    """kernels.py's operations, by `choice` or where the device runs them; None for model.py's own. ValueError if they cannot run."""
+    able = kernels.fused(torch.empty(0, device=device))
+    if choice == "triton" and not able:
+        raise ValueError(f"--kernels triton needs a GPU and the package triton, and this runs on {device.type}"
+                         + (" without it" if kernels.triton is None else "") + "; take --kernels torch")
+    if choice == "torch" or choice is None and not (able and device.type == "cuda"):
+        return None
+
+    def attend(q, k, v, **options):
+        return (kernels.flash_attention if q.shape[-1] <= 128 else attention)(q, k, v, **options)      # which knows no larger heads
+
+    return Ops(attend, kernels.rms_norm, kernels.swiglu, kernels.rope, kernels.linear_cross_entropy)
+
+
 @dataclass
 class Setup:
     """A model ready to train on this rank."""
@@ -952,7 +974,11 @@ class Setup:
 
 
 def assemble(s: Settings, model: Transformer, device: torch.device, ranks: Ranks, bfloat16: bool) -> Setup:
-    """Lay the model out over the ranks (see ddp.py), and give its parameters to their optimizers."""
+    """Give the model the device's operations, lay it out over the ranks (see ddp.py), and give its parameters to their optimizers."""
+    ops = operations(s.kernels, device)
+    for module in model.modules() if ops else ():
+        if hasattr(module, "ops"):
+            module.ops = ops
     if s.compile:                                                        # before torch.compile chooses a place in /tmp, which forgets
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "flatlm"))
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
@@ -970,7 +996,7 @@ def assemble(s: Settings, model: Transformer, device: torch.device, ranks: Ranks
             layer.forward = torch.compile(layer.forward)
     forward = torch.compile(model) if s.compile and parallel is model else parallel
 
-    adamw, muon = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2)), dict(
+    adamw, muon = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=ops is not None), dict(
         lr=s.muon_learning_rate, momentum=s.momentum, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     optimizers, widening = [], model.config.hidden_size / model.config.base_width
     for kind, options in ((AdamW, adamw), (Muon, muon)):
@@ -1247,10 +1273,11 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name in (*shares, *betas):
         if getattr(s, name) > 1 or getattr(s, name) == 1 and name in betas:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
-    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"),
+    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"), "kernels": (None, "triton", "torch"),
                           "parallel": ("ddp", "zero1", "fsdp")}.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"--{name} is {getattr(s, name)!r}; it must be {' or '.join(filter(None, choices))}")
+    operations(s.kernels, device)                                        # before anything is made
     return s
 
 
@@ -1532,7 +1559,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         f"batch    {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {batch // ranks.data_count // micro} forward "
         f"pass(es) x {micro}\n"
         + (f"ranks    {ranks.count}: {s.parallel} over {ranks.data_count}, matrices divided over {s.tensor_parallel}\n" if ranks.count > 1 else "") +
-        f"machine  {device.type}, {args['dtype']}, {peak / 1e12:.3g} TFLOP/s at best\n"
+        f"machine  {device.type}, {args['dtype']}, {'kernels.py, ' if setup.model.ops != Ops() else ''}{peak / 1e12:.3g} TFLOP/s at best\n"
         f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(sequences_in(s, total, batch) * length)} tokens")
         + f", from step {step}; run folder {out}", flush=True)
 

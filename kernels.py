@@ -1470,16 +1470,21 @@ def compile_command() -> dict:
 # ------------------------------------------------------------------------------------------------------------------
 # On a GPU: times
 
-def milliseconds(work, repeat: int = 50) -> float | None:
-    """Median time on the device, warm, its cache flushed before each run; None if it does not fit, or is not there."""
+def unless_missing(work):
+    """work(), or None if memory does not suffice, or PyTorch has no such kernel."""
     try:
-        return triton.testing.do_bench(work, warmup=20, rep=repeat, return_mode="median")
+        return work()
     except torch.OutOfMemoryError:
         return None
-    except RuntimeError as error:                                        # as SDPA says that it has no such kernel
+    except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise
         return None
+
+
+def milliseconds(work, repeat: int = 50) -> float | None:
+    """Median time of work() on the device, warm, the cache flushed before each run; None for None, and for what does not fit."""
+    return work and unless_missing(lambda: triton.testing.do_bench(work, warmup=20, rep=repeat, return_mode="median"))
 
 
 def in_turns(contenders: dict, rounds: int = 3) -> dict:
@@ -1493,17 +1498,14 @@ def in_turns(contenders: dict, rounds: int = 3) -> dict:
 
 
 def peak_bytes(work) -> int | None:
-    """Memory that work() takes at its peak beyond what was taken before; None if there is not enough."""
+    """Memory that work() takes at its peak beyond what was taken before; None for None, and for more than there is."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    try:
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.empty_cache()
+    done = work and unless_missing(lambda: (work(), True)[1])
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    return peak if done else None
 
 
 def both_ways(function, tensors: list[Tensor]):
@@ -1548,7 +1550,7 @@ def time_cases():
     random = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for size in (64, 128):
         tensors = [random(1, 16, 16384, size) for _ in range(3)]
-        peers = {"flash": sdpa("FLASH_ATTENTION"), "cuDNN": sdpa("CUDNN_ATTENTION")}
+        peers = {"flash": sdpa("FLASH_ATTENTION"), "cuDNN": sdpa("CUDNN_ATTENTION"), "compiled": torch.compile(flash_attention_reference)}
         for way, products in ((forward_alone, 2), (both_ways, 7)):
             yield "flash_attention", f"16 heads, S 16,384, D {size}, causal", way, flash_attention, peers, tensors, attention_operations(16384, size, 16, products), None
     N, hidden, V = 32768, 4096, 128_256
@@ -1596,7 +1598,7 @@ def times_command() -> dict:
     """A table of times beside PyTorch's, and its rows."""
     top, rows = ceilings(), []
     for kernel, case, way, function, peers, tensors, operations, size in tqdm_of(time_cases(), "measured", 11):
-        contenders = {name: way(f, tensors) for name, f in {"ours": function, **peers}.items()}
+        contenders = {name: unless_missing(lambda: way(f, tensors)) for name, f in {"ours": function, **peers}.items()}
         row = {"kernel": kernel, "case": case, "way": way.__name__, "operations": operations, "bytes": size, **in_turns(contenders)}
         if kernel == "linear_cross_entropy":
             row["peak_bytes"] = {name: peak_bytes(work) for name, work in contenders.items()}
@@ -1630,14 +1632,9 @@ def sweep_command() -> dict:
         for name, function in contenders.items():
             row = {"head_size": size, "sequence_length": length, "version": name}
             for key, way in (("forward", forward_alone), ("backward", backward_alone), ("both", both_ways)):
-                try:
-                    tensors = [torch.randn(1, 16, length, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-                    work = way(function, tensors)
-                    row[key], row[f"{key}_bytes"] = milliseconds(work, 30), peak_bytes(work)
-                except torch.OutOfMemoryError:
-                    row[key] = row[f"{key}_bytes"] = None
-                tensors = work = None
-                torch.cuda.empty_cache()
+                tensors = [torch.randn(1, 16, length, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+                work = unless_missing(lambda: way(function, tensors))
+                row[key], row[f"{key}_bytes"] = milliseconds(work, 30), peak_bytes(work)
             rows.append(row)
     print(f"attention on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: 1 x 16 heads, causal, bfloat16; ms and peak memory "
           "beyond the inputs")

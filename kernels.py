@@ -592,7 +592,8 @@ def _scaled(scores, scale, cap, CAP: tl.constexpr):
 def tuned(tiles: dict[tuple, list]):
     """A decorator: Triton measures the tiles (M queries, N keys, warps, stages) that `tiles` has for the kind of call and the head's
     size, once for each kind, and keeps the fastest. Kinds: float32, "rich" for what needs more registers (a cap, documents, lengths),
-    "plain". With the interpreter: small ones, so that small inputs meet all edges."""
+    "plain". Eight warps read keys for twice as many queries; of four, two or three blocks share a multiprocessor, and while one multiplies
+    the other takes exponentials. None spills registers. With the interpreter: small ones, so that small inputs meet all edges."""
     config = lambda m, n, warps, stages: triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages)
 
     def fitting(configs, named, **options):
@@ -633,11 +634,16 @@ def _attend(acc, top, total, seen, q, k, v, start, length, query, query_ids, ids
     return acc, new, total * fade + tl.sum(p, 1), seen
 
 
-@tuned({("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
-        ("plain", 64): [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 3), (64, 64, 4, 3)],
-        ("rich", 16): [(64, 32, 4, 3)], ("rich", 32): [(64, 32, 4, 3)],
-        ("rich", 64): [(128, 32, 8, 3), (64, 32, 4, 3)], ("rich", 128): [(128, 32, 8, 3), (64, 32, 4, 3)],
-        ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)], ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 16, 4, 2)]})
+FORWARD_TILES = {
+    ("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
+    ("plain", 64): [(128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 3), (64, 64, 4, 3)],
+    ("rich", 16): [(64, 32, 4, 3)], ("rich", 32): [(64, 32, 4, 3)],
+    ("rich", 64): [(128, 32, 8, 3), (64, 32, 4, 3)], ("rich", 128): [(128, 32, 8, 3), (64, 32, 4, 3)],
+    ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)],
+    ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 16, 4, 2)]}
+
+
+@tuned(FORWARD_TILES)
 @jit
 def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                        o_batch, o_head, o_row, heads, groups, queries, keys, scale, cap, window,
@@ -673,7 +679,6 @@ def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head,
     log_total = top + tl.log2(total)
     if LENGTHS:                                                          # only then can a row see nothing: it sees itself otherwise
         acc = tl.where((seen == 1)[:, None], acc, 0.0)
-        log_total = tl.where(seen == 1, log_total, float("inf"))         # so that p = 2^(s - inf) = 0 in the backward pass
     _store_tile(out + batch * o_batch + head * o_head, acc, first, o_row, queries, D, BLOCK_D, M)
     tl.store(lse + (batch * heads + head) * queries + row, log_total, mask=row < queries)
 
@@ -697,11 +702,16 @@ def _query_step(dq, q, g, lse, delta, k, v, start, length, query, query_ids, ids
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision="tf32x3")
 
 
-@tuned({("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
-        ("plain", 64): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 2), (64, 32, 4, 3)],
-        ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
-        ("rich", 64): [(128, 64, 8, 3), (64, 64, 4, 3)], ("rich", 128): [(128, 32, 8, 2), (64, 32, 4, 2)],
-        ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)], ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 32, 8, 1)]})
+QUERY_TILES = {
+    ("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
+    ("plain", 64): [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 2), (64, 32, 4, 3)],
+    ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
+    ("rich", 64): [(128, 64, 8, 3), (64, 64, 4, 3)], ("rich", 128): [(128, 32, 8, 2), (64, 32, 4, 2)],
+    ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)],
+    ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 32, 8, 1)]}
+
+
+@tuned(QUERY_TILES)
 @jit
 def _attention_backward_q(q, k, v, out, g, dq, lse, delta, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row,
                           v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
@@ -766,11 +776,16 @@ def _key_step(dk, dv, k, v, q, g, lse, delta, start, queries, length, offset, ke
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3"), dv
 
 
-@tuned({("plain", 16): [(64, 64, 4, 3)], ("plain", 32): [(64, 64, 4, 3)],
-        ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (16, 64, 4, 3)],
-        ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
-        ("rich", 64): [(64, 128, 8, 3), (32, 64, 4, 3)], ("rich", 128): [(32, 128, 8, 1), (16, 128, 8, 2)],
-        ("float32", 16): [(32, 64, 4, 2)], ("float32", 32): [(32, 64, 4, 2)], ("float32", 64): [(16, 32, 4, 2)], ("float32", 128): [(32, 16, 8, 1)]})
+KEY_TILES = {
+    ("plain", 16): [(64, 64, 4, 3)], ("plain", 32): [(64, 64, 4, 3)],
+    ("plain", 64): [(64, 128, 8, 3), (64, 64, 4, 3)], ("plain", 128): [(32, 128, 8, 3), (16, 64, 4, 3)],
+    ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
+    ("rich", 64): [(64, 128, 8, 3), (32, 64, 4, 3)], ("rich", 128): [(32, 128, 8, 1), (16, 128, 8, 2)],
+    ("float32", 16): [(32, 64, 4, 2)], ("float32", 32): [(32, 64, 4, 2)],
+    ("float32", 64): [(16, 32, 4, 2)], ("float32", 128): [(32, 16, 8, 1)]}
+
+
+@tuned(KEY_TILES)
 @jit
 def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row,
                            v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
@@ -1214,7 +1229,7 @@ def _check_adamw(params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, s
     """ValueError unless tensors that belong together lie alike: then their elements can be taken in the order of memory."""
     lengths = [len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, steps)]
     if len(set(lengths)) != 1:
-        raise ValueError(f"adamw_step: params, grads, exp_avgs, exp_avg_sqs and steps must be of one length; got {lengths}")
+        raise ValueError(f"adamw_step: params, grads, exp_avgs, exp_avg_sqs and steps must be of one length; given {lengths}")
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
         named = dict(param=p, grad=g, exp_avg=m, exp_avg_sq=v, step=step) | ({} if skip is None else {"skip": skip})
         good = (all(t.device == params[0].device for t in named.values()) and p.dtype in FLOATS and g.dtype in FLOATS
@@ -1226,7 +1241,7 @@ def _check_adamw(params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, s
             dense = p.permute(sorted(range(p.dim()), key=p.stride, reverse=True)).is_contiguous()
             if not (dense and p.stride() == g.stride() == m.stride() == v.stride()):
                 raise ValueError(f"adamw_step: param, grad, exp_avg and exp_avg_sq of {tuple(p.shape)} must be dense, with the "
-                                 f"same strides; got {', '.join(str(t.stride()) for t in (p, g, m, v))}")
+                                 f"same strides; given {', '.join(str(t.stride()) for t in (p, g, m, v))}")
 
 
 @jit
@@ -1678,9 +1693,16 @@ def elsewhere(command: str, interpret: bool) -> dict:
         return json.loads(file.read_text())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong argument is answered in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main():
     """Check and measure the kernels."""
-    parser = argparse.ArgumentParser(prog="kernels.py", allow_abbrev=False, description=(
+    parser = Parser(prog="kernels.py", allow_abbrev=False, description=(
         "Check and measure the kernels. Without a command: on a GPU errors and times, elsewhere errors (interpreted) and what kernels compile to."))
     parser.add_argument("command", nargs="?", choices=("errors", "compile", "times", "sweep"), help=(
         "errors against float64; registers, shared memory and spills on an H100 (needs no GPU); times beside PyTorch's; attention over lengths and head sizes"))

@@ -45,6 +45,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
+import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -57,15 +58,22 @@ import numpy as np
 import pytest
 import regex
 import torch
+
+if not torch.cuda.is_available():                    # before anything imports Triton, which the next line does
+    os.environ["TRITON_INTERPRET"] = "1"             # kernels run on the CPU where they are called by name (train.py does not on its own)
+
 import torch._dynamo                                 # an optimizer's first step would import it, in every fork again
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import align
 import bpe
 import data
 import ddp
+import kernels
 import model as model_file
 import sample
 import scaling
@@ -79,6 +87,7 @@ from align import (CHAT, REWARDS, THINK, add_chat_template, clean_math, extract_
 from data import (C4_RULES, FastText, NGramModel, c4_lines, classify_nsfw, classify_quality, classify_toxic, decode_html, extract_text,
                   fineweb_quality, gopher_quality, identify_language, mask_emails, mask_ips, mask_phone_numbers, ngram_shares,
                   read_block_list, read_warc, repetition, source_documents, url_blocked, warc_record)
+from kernels import flash_attention, flash_attention_reference
 from sample import generate
 from train import AdamW, Mixture, Muon, TokenDataset, clip_grad_norm_, learning_rate, permute
 
@@ -4439,6 +4448,1306 @@ def test_model_py_prints_the_presets_and_refuses_unknown_ones(capsys, monkeypatc
     assert code == 0 and all(name in out for name in PRESETS) and "8.03B" in out
     assert refused(call(model_file, capsys, monkeypatch, "lama2-7b"), "lama2-7b", "did you mean llama2-7b?")
     assert refused(call(model_file, capsys, monkeypatch, "--sequence-lenght", "5"), "did you mean --sequence_length?")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# kernels.py: RMSNorm, SwiGLU, RoPE, AdamW
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
+def interpreted(test):
+    """A test of kernels in Triton's interpreter (which computes what masks drop, so that NumPy warns). A GPU runs them itself."""
+    for mark in (pytest.mark.skipif(not kernels.INTERPRETED, reason="on a GPU `python kernels.py` checks the kernels"), pytest.mark.usefixtures("seeded"),
+                 pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")):
+        test = mark(test)
+    return test
+
+
+# one rounding to the dtype; the interpreter cuts bfloat16 off where a GPU rounds
+KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def relative_error(out, expected):
+    """‖out - expected‖ / ‖expected‖"""
+    return ((out.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def rms_norm_formula(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def swiglu_formula(gate, up):
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def rope_formula(x, cos, sin):
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
+
+
+def check_kernel(function, formula, inputs, *constants, tolerance=None, out_dtype=None):
+    """The function's result and the gradients of its inputs, taken as they lie in memory, against the formula's in float64, from
+    the same random gradient."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, expected = function(*inputs, *constants), formula(*exact, *(c.double() if torch.is_tensor(c) else c for c in constants))
+    assert out.shape == expected.shape and out.dtype == (out_dtype or inputs[0].dtype)
+    gradient = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, gradient)
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
+    tolerance = tolerance or KERNEL_TOLERANCE[out.dtype]
+    assert relative_error(out, expected) < tolerance
+    for t, grad, want in zip(inputs, got, wanted):
+        assert grad.dtype == t.dtype and grad.shape == t.shape and relative_error(grad, want) < max(tolerance, KERNEL_TOLERANCE[t.dtype])
+
+
+def rope_angles(*shape, dtype=torch.float32):
+    a = torch.randn(shape) * 3
+    return a.cos().to(dtype), a.sin().to(dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 7), (9, 1000), (200, 64), (9, 100), (2, 4096)])
+def test_rms_norm_and_its_gradients_are_the_formula_s(rows, columns, dtype, compiling):
+    # eps of 0.1: of one column only it leaves a gradient
+    check_kernel(kernels.rms_norm, rms_norm_formula, [torch.randn(rows, columns).to(dtype), torch.randn(columns).to(dtype)], 0.1)
+
+
+@interpreted
+def test_rms_norm_of_rows_too_long_for_registers():
+    check_kernel(kernels.rms_norm, rms_norm_formula, [torch.randn(3, 8200), torch.randn(8200)], 1e-5)
+
+
+@interpreted
+def test_rms_norm_takes_a_weight_of_another_dtype_and_any_leading_dimensions():
+    check_kernel(kernels.rms_norm, rms_norm_formula, [torch.randn(2, 3, 5, 16).bfloat16(), torch.randn(16)], 1e-5)
+    check_kernel(kernels.rms_norm, rms_norm_formula, [torch.randn(16), torch.randn(16).half()], 1e-5, tolerance=1e-3)
+
+
+@interpreted
+def test_rms_norm_reads_slices_and_transposes():
+    fused = torch.randn(5, 96)
+    for x in (fused[:, 32:64], fused.view(5, 3, 32).transpose(0, 1), fused[:, ::3], fused[:1].expand(4, 96)[:, :32]):
+        check_kernel(kernels.rms_norm, rms_norm_formula, [x, torch.randn(32)], 1e-5)
+
+
+@interpreted
+def test_rms_norm_without_eps_is_right_beside_rows_that_do_not_exist():
+    check_kernel(kernels.rms_norm, rms_norm_formula, [torch.randn(3, 5), torch.randn(5)], 0.0)
+
+
+@interpreted
+def test_rms_norm_under_autocast_is_in_autocast_s_dtype_as_its_twin():
+    x, weight = torch.randn(4, 32), torch.randn(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.rms_norm(x, weight, 1e-5).dtype == kernels.rms_norm_reference(x, weight, 1e-5).dtype == torch.bfloat16
+        check_kernel(kernels.rms_norm, rms_norm_formula, [x, weight], 1e-5, out_dtype=torch.bfloat16)
+    assert kernels.rms_norm(x, weight, 1e-5).dtype == kernels.rms_norm_reference(x, weight, 1e-5).dtype == torch.float32
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)
+@pytest.mark.parametrize("shape", [(1,), (1, 7), (3, 1000), (2, 3, 64)])
+def test_swiglu_and_its_gradients_are_the_formula_s(shape, dtype):
+    check_kernel(kernels.swiglu, swiglu_formula, [torch.randn(shape).to(dtype) * 3, torch.randn(shape).to(dtype)])
+
+
+@interpreted
+def test_swiglu_reads_halves_of_one_product_and_transposes():
+    for columns in (7, 2100):
+        check_kernel(kernels.swiglu, swiglu_formula, list(torch.randn(3, 2 * columns).chunk(2, -1)))
+    check_kernel(kernels.swiglu, swiglu_formula, [torch.randn(5, 9).T, torch.randn(9, 5)])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)
+@pytest.mark.parametrize("heads, positions, size", [(1, 1, 2), (3, 5, 16), (6, 40, 64), (5, 3, 80), (2, 3, 128)])
+def test_rope_and_its_gradient_are_the_formula_s(heads, positions, size, dtype):
+    for x in (torch.randn(2, positions, heads, size).to(dtype).transpose(1, 2), torch.randn(2, heads, positions, size).to(dtype)):
+        check_kernel(kernels.rope, rope_formula, [x], *rope_angles(positions, size // 2))
+    check_kernel(kernels.rope, rope_formula, [x], *rope_angles(2, 1, positions, size // 2, dtype=dtype))
+
+
+@interpreted
+def test_rope_keeps_the_strides_of_a_dense_view_and_reads_slices():
+    x, tables = torch.randn(2, 5, 3, 16).transpose(1, 2), rope_angles(5, 8)
+    assert kernels.rope(x, *tables).stride() == x.stride()
+    check_kernel(kernels.rope, rope_formula, [torch.randn(2, 5, 4, 48)[:, :, 1:, 16:32].transpose(1, 2)], *tables)
+    check_kernel(kernels.rope, rope_formula, [torch.randn(2, 3, 16, 5).transpose(2, 3)], *tables)
+
+
+@interpreted
+def test_gradients_of_any_strides_are_read():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
+    for function in (lambda: kernels.rms_norm(x, weight, 1e-5), lambda: kernels.swiglu(x, x), lambda: kernels.rope(x[None, None], *rope_angles(4, 4))):
+        torch.manual_seed(1)
+        out = function()
+        expanded, = torch.autograd.grad(out.sum(), x)                                # a gradient of strides 0
+        torch.manual_seed(1)
+        transposed, = torch.autograd.grad(function(), x, torch.ones(out.mT.shape).mT)
+        torch.manual_seed(1)
+        dense, = torch.autograd.grad(function(), x, torch.ones(out.shape))
+        assert dense.abs().sum() > 0 and torch.equal(expanded, dense) and torch.equal(transposed, dense)
+
+
+@interpreted
+def test_empty_tensors_come_out_empty_with_gradients():
+    weight = torch.randn(8, requires_grad=True)
+    for x in (torch.zeros(0, 8), torch.zeros(2, 0, 3, 8)):
+        x.requires_grad_()
+        outs = [kernels.rms_norm(x, weight, 1e-5), kernels.swiglu(x, x)] + ([kernels.rope(x, *rope_angles(3, 4))] if x.dim() == 4 else [])
+        for out in outs:
+            assert out.shape == x.shape
+            assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+    assert torch.equal(torch.autograd.grad(kernels.rms_norm(x, weight, 1e-5).sum(), weight)[0], torch.zeros(8))
+
+
+@interpreted
+def test_nan_and_inf_come_out_where_the_twins_have_them():
+    x = torch.randn(4, 8)
+    x[0, 1], x[1, 2], x[2, 3] = math.nan, math.inf, -math.inf
+    up, weight, tables = torch.randn(4, 8), torch.randn(8), rope_angles(4, 4)
+    up[3, 4] = math.nan
+    for ours, twin, others in ((kernels.rms_norm, kernels.rms_norm_reference, [weight]), (kernels.swiglu, kernels.swiglu_reference, [up]),
+                               (lambda t: kernels.rope(t[None, None], *tables), lambda t: kernels.rope_reference(t[None, None], *tables), [])):
+        inputs = [t.clone().requires_grad_() for t in (x, *others)]
+        constants = [1e-5] if ours is kernels.rms_norm else []
+        out, expected = ours(*inputs, *constants), twin(*inputs, *constants)
+        torch.testing.assert_close(out, expected, equal_nan=True)
+        assert out.isfinite().any() and not out.isfinite().all()
+        gradient = torch.randn_like(out)
+        for got, want in zip(torch.autograd.grad(out, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@interpreted
+def test_compiled_graphs_are_whole_and_give_what_eager_gives():
+    tables = rope_angles(5, 8)
+
+    def block(x, weight):
+        """What a layer does: a norm, heads, a norm of heads, rope, SwiGLU of two halves."""
+        q = kernels.rms_norm(x, weight, 1e-5).view(2, 5, 2, 16)
+        q = kernels.rope(kernels.rms_norm(q, weight[:16], 1e-5).transpose(1, 2), *tables)
+        return kernels.swiglu(*q.transpose(1, 2).reshape(2, 5, 32).chunk(2, -1))
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x, weight = torch.randn(2, 5, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = compiled(x, weight), block(x, weight)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    gradient = torch.randn_like(out)
+    gradients = (torch.autograd.grad(result, (x, weight), gradient) for result in (out, expected))
+    for got, want in zip(*gradients):
+        assert relative_error(got, want.double()) < 1e-6
+
+
+@interpreted
+def test_operators_describe_themselves_truly():
+    x = torch.randn(2, 5, 3, 8).transpose(1, 2).requires_grad_()
+    for op, arguments in ((torch.ops.flatlm.rms_norm, (x, torch.randn(8, requires_grad=True), 1e-5, torch.bfloat16)),
+                          (torch.ops.flatlm.swiglu, (x, x.detach() * 2)), (torch.ops.flatlm.rope, (x, *rope_angles(5, 4), False))):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@interpreted
+def test_second_derivatives_are_refused_rather_than_wrong():
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for out in (kernels.rms_norm(x, weight, 1e-5), kernels.swiglu(x, x * 2)):
+        grad, = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="flatlm"):
+            grad.sum().backward()
+    grad, = torch.autograd.grad(kernels.rope(x[None, None], *rope_angles(2, 4)).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(grad.sum(), x)[0], torch.full((2, 8), 2.0))     # turns keep lengths
+
+
+@interpreted
+def test_without_a_gpu_the_names_run_the_twins(monkeypatch):
+    monkeypatch.setattr(kernels, "fused", lambda *tensors: False)
+    for name in ("_rms_norm", "_swiglu", "_rope", "launch"):
+        monkeypatch.setattr(kernels, name, None)
+    x, weight, tables = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64), rope_angles(5, 4)
+    compare64 = lambda out, expected: torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    compare64(kernels.rms_norm(x, weight, 1e-5), rms_norm_formula(x, weight, 1e-5))
+    compare64(kernels.swiglu(x, 2 * x), swiglu_formula(x, 2 * x))
+    compare64(kernels.rope(x, *tables), rope_formula(x, *tables))
+    for dtype in (torch.float32, torch.bfloat16):
+        check_kernel(kernels.rms_norm, rms_norm_formula, [x.to(dtype), weight.to(dtype)], 1e-5)
+        check_kernel(kernels.swiglu, swiglu_formula, [x.to(dtype), x.to(dtype)])
+        check_kernel(kernels.rope, rope_formula, [x.to(dtype)], *tables)
+    tensors = adamw_tensors([(3, 4)])
+    expected = adamw_formula(*tensors, **RATES)
+    kernels.adamw_step(*tensors, **RATES)
+    for got, want in zip(tensors, expected):
+        assert relative_error(got[0], want[0]) < 1e-6
+
+
+@interpreted
+def test_bad_input_is_one_error_that_names_the_function_and_shapes():
+    x, w, (cos, sin), meta = torch.randn(2, 3, 5, 8), torch.randn(8), rope_angles(5, 4), torch.device("meta")
+    cases = [("rms_norm", "weight", lambda: kernels.rms_norm(x, w[:7], 1e-5)),
+             ("rms_norm", "device", lambda: kernels.rms_norm(x, w.to(meta), 1e-5)),
+             ("rms_norm", "float32", lambda: kernels.rms_norm(x.long(), w, 1e-5)),
+             ("rms_norm", "float32", lambda: kernels.rms_norm(x.double(), w, 1e-5)),
+             ("rms_norm", "weight", lambda: kernels.rms_norm(x[0, 0, 0, 0], w, 1e-5)),
+             ("rms_norm", "32,768", lambda: kernels.rms_norm(torch.zeros(32769), torch.zeros(32769), 1e-5)),
+             ("swiglu", "shape", lambda: kernels.swiglu(x, x[:1])), ("swiglu", "dtype", lambda: kernels.swiglu(x, x.half())),
+             ("swiglu", "device", lambda: kernels.swiglu(x, x.to(meta))), ("swiglu", "float32", lambda: kernels.swiglu(x.int(), x.int())),
+             ("rope", "D // 2", lambda: kernels.rope(x, cos[:4], sin[:4])), ("rope", "D // 2", lambda: kernels.rope(x[..., :7], cos, sin)),
+             ("rope", "D // 2", lambda: kernels.rope(x[0], cos, sin)),
+             ("rope", "D // 2", lambda: kernels.rope(x, cos[None, None], sin[None, None])),
+             ("rope", "device", lambda: kernels.rope(x, cos.to(meta), sin)), ("rope", "dtype", lambda: kernels.rope(x, cos.half(), sin.half())),
+             ("rope", "detach", lambda: kernels.rope(x, cos.requires_grad_(), sin))]
+    for name, remedy, call in cases:
+        cos.requires_grad_(False)
+        with pytest.raises(ValueError, match=rf"(?s)^{name}: .*{remedy}.*given .*\("):
+            call()
+
+
+# AdamW
+
+RATES = dict(lr=0.1, beta1=0.9, beta2=0.9999, eps=1e-8, weight_decay=0.1)
+
+
+def adamw_tensors(shapes, p_dtype=torch.float32, g_dtype=torch.float32, steps=0):
+    """Parameters, gradients, both moments, steps taken."""
+    p, g, m, v = ([torch.randn(shape).to(dtype) for shape in shapes]
+                  for dtype in (p_dtype, g_dtype, torch.float32, torch.float32))
+    taken = steps > 0
+    return p, g, [t * taken for t in m], [t ** 2 * taken for t in v], [torch.tensor(float(steps)) for _ in p]
+
+
+def adamw_formula(p, g, m, v, steps, lr, beta1, beta2, eps, weight_decay):
+    """One step in float64, as in train.py's docstring."""
+    p, g, m, v, steps = ([t.double() for t in some] for some in (p, g, m, v, steps))
+    m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g)]
+    v = [beta2 * a + (1 - beta2) * b ** 2 for a, b in zip(v, g)]
+    t = [a.item() + 1 for a in steps]
+    p = [a - lr * weight_decay * a - lr * (b / (1 - beta1 ** s)) / ((c / (1 - beta2 ** s)).sqrt() + eps)
+         for a, b, c, s in zip(p, m, v, t)]
+    return p, g, m, v, [a + 1 for a in steps]
+
+
+def check_adamw_step(tensors, **changes):
+    rates = RATES | changes
+    expected = adamw_formula(*tensors, **rates)
+    kernels.adamw_step(*tensors, **rates)
+    for some, wanted in zip(tensors, expected):
+        for got, want in zip(some, wanted):
+            assert got.numel() == 0 or relative_error(got, want) < KERNEL_TOLERANCE[got.dtype]
+
+
+@interpreted
+@pytest.mark.parametrize("steps", [0, 1000])
+@pytest.mark.parametrize("p_dtype, g_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                              (torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+def test_adamw_step_is_the_formula_s_at_the_first_and_at_later_steps(p_dtype, g_dtype, steps):
+    check_adamw_step(adamw_tensors([(70, 128), (5,), (), (0, 3), (16,)], p_dtype, g_dtype, steps))
+
+
+@interpreted
+def test_adamw_s_first_update_is_the_learning_rate_however_small_the_gradient():
+    """m / (1 - β₁) = g and √(v / (1 - β₂)) = |g|, so the update is lr · sign(g), to float32's precision."""
+    p, g, m, v, steps = adamw_tensors([(64,)])
+    p[0].zero_()
+    kernels.adamw_step(p, [g[0] * 1e-3], m, v, steps, **RATES | dict(eps=0.0))
+    torch.testing.assert_close(p[0], -0.1 * g[0].sign(), rtol=1e-6, atol=0)
+
+
+@interpreted
+def test_adamw_step_without_momentum_and_without_decay():
+    check_adamw_step(adamw_tensors([(33,)], steps=3), beta1=0, weight_decay=0)
+
+
+@interpreted
+def test_adamw_step_groups_lists_of_mixed_dtypes():
+    halves = adamw_tensors([(20, 3), (16,)], torch.bfloat16, torch.bfloat16, 2), adamw_tensors([(7,), (32,)], steps=5)
+    check_adamw_step([a + b for a, b in zip(*halves)])
+
+
+@interpreted
+def test_adamw_step_takes_views_into_flat_buffers():
+    tensors = adamw_tensors([(300,)] * 4, torch.bfloat16, steps=1)
+    views = [[t[1:97] for t in some] for some in tensors[:4]]
+    assert views[0][0].data_ptr() % 16
+    before = [t.clone() for some in tensors[:4] for t in some]
+    check_adamw_step([*views, tensors[4]])
+    for old, new in zip(before, (t for some in tensors[:4] for t in some)):
+        assert torch.equal(old[:1], new[:1]) and torch.equal(old[97:], new[97:])
+
+
+@interpreted
+def test_adamw_step_takes_permuted_tensors_of_one_order_and_refuses_others():
+    p, g, m, v, steps = adamw_tensors([(6, 8)], steps=1)
+    turned = [[t.T for t in some] for some in (p, g, m, v)]
+    check_adamw_step([*turned, steps])
+    with pytest.raises(ValueError, match=r"adamw_step: .*\(8, 6\).*strides"):
+        kernels.adamw_step(turned[0], [torch.zeros(8, 6)], turned[2], turned[3], steps, **RATES)
+    with pytest.raises(ValueError, match=r"adamw_step: .*dense"):
+        kernels.adamw_step(*([t[:, ::2] for t in some] for some in (p, g, m, v)), steps, **RATES)
+
+
+@interpreted
+def test_adamw_step_that_is_skipped_changes_nothing_even_with_nan_gradients():
+    for step in (kernels.adamw_step, kernels.adamw_step_reference):
+        tensors = adamw_tensors([(40,), (16,)], torch.bfloat16)
+        tensors[1][0].fill_(math.nan)
+        before = [[t.clone() for t in some] for some in tensors]
+        step(*tensors, **RATES, skip=torch.tensor(True))
+        assert all(torch.equal(a, b) for i in (0, 2, 3, 4) for a, b in zip(before[i], tensors[i]))
+        step(*tensors, **RATES, skip=torch.tensor(False))
+        assert tensors[0][0].isnan().all() and not torch.equal(before[0][1], tensors[0][1]) and tensors[4][1] == 1
+
+
+@interpreted
+def test_adamw_step_follows_its_twin_over_steps_some_of_them_skipped():
+    ours = adamw_tensors([(50, 3), (16,)])
+    twins = [[t.clone() for t in some] for some in ours]
+    for i in range(5):
+        skip = torch.tensor(i in (0, 3))
+        for a, b in zip(ours[1], twins[1]):
+            b.copy_(a.normal_())
+        kernels.adamw_step(*ours, **RATES, skip=skip)
+        kernels.adamw_step_reference(*twins, **RATES, skip=skip)
+    assert ours[4][0] == 3
+    for some, others in zip(ours, twins):
+        for a, b in zip(some, others):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+def test_adamw_step_is_seen_by_autograd_as_a_change_in_place():
+    tensors = adamw_tensors([(16,)])
+    p = tensors[0][0].requires_grad_()
+    loss = p.square().sum()
+    kernels.adamw_step(*tensors, **RATES)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@interpreted
+def test_adamw_step_of_nothing_does_nothing_and_bad_lists_are_refused():
+    kernels.adamw_step([], [], [], [], [], **RATES)
+    p, g, m, v, steps = adamw_tensors([(4, 3)])
+    for bad in ([p, [], m, v, steps], [p, [g[0][:2]], m, v, steps], [p, g, [m[0].half()], v, steps],
+                [p, g, m, v, [torch.zeros(1)]], [p, [g[0].long()], m, v, steps], [p, [g[0].to("meta")], m, v, steps]):
+        with pytest.raises(ValueError, match="^adamw_step: .*given "):
+            kernels.adamw_step(*bad, **RATES)
+    for skip in (torch.tensor(1.0), torch.tensor([True])):
+        with pytest.raises(ValueError, match="^adamw_step: .*skip"):
+            kernels.adamw_step(p, g, m, v, steps, **RATES, skip=skip)
+    assert steps[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# kernels.py: attention and the loss of the head
+
+def deviation(out, expected):
+    """‖out - expected‖ / ‖expected‖; beside something small, ‖out - expected‖"""
+    return ((out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1)).item()
+
+
+def visible_pairs(queries, keys, causal=True, window=None, document_ids=None, key_lengths=None):
+    """Which queries see which keys, (1 or B, 1, S_q, S_k): one rule a line."""
+    query, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None, :]
+    visible = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    if causal:
+        visible = visible & (query >= key)
+    if window is not None:
+        visible = visible & (query - key < window)
+    if document_ids is not None:
+        visible = visible & torch.stack([row[query] == row[key] for row in document_ids])[:, None]
+    if key_lengths is not None:
+        visible = visible & torch.stack([key < n for n in key_lengths])[:, None]
+    return visible
+
+
+def attention_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, document_ids=None, key_lengths=None):
+    """Σ_j exp(s_ij) v_j / Σ_j exp(s_ij) over the visible j, where there is one, for every head h with key-value head h // group."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (torch.stack([t[:, h // group] for h in range(q.shape[1])], 1) for t in (k, v))
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = visible_pairs(q.shape[2], k.shape[2], causal, window, document_ids, key_lengths)
+    weights = torch.softmax(scores.masked_fill(~visible, -1e300), -1) * visible
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def qkv(batch, heads, key_heads, queries, keys, size, dtype=torch.float32):
+    return [torch.randn(batch, h, s, size).to(dtype) for h, s in ((heads, queries), (key_heads, keys), (key_heads, keys))]
+
+
+def with_gradients(function, inputs, gradient=None, **options):
+    """The output, and the gradients of its inputs as they lie in memory, of the same random gradient each time."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs, **options)
+    if gradient is None:
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype))
+
+
+def check_attention(inputs, gradient=None, tolerance=None, function=flash_attention, **options):
+    """The function's output and gradients against the formula's in float64."""
+    tolerance = tolerance or {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[inputs[0].dtype]
+    if gradient is None:
+        gradient = torch.randn(inputs[0].shape).to(inputs[0].dtype)
+    got = with_gradients(function, inputs, gradient, **options)
+    wanted = with_gradients(attention_formula, [t.double() for t in inputs], gradient, **options)
+    for name, a, b, like in zip(("out", "dq", "dk", "dv"), got, wanted, (inputs[0], *inputs)):
+        assert a.dtype == like.dtype and a.shape == like.shape
+        assert deviation(a, b) < tolerance, name
+
+
+# a tile is of 32 queries and 16 keys in the interpreter
+
+@interpreted
+@pytest.mark.parametrize("heads, key_heads, queries, keys, size", [(1, 1, 1, 1, 16), (2, 1, 1, 33, 16), (4, 2, 37, 40, 24), (6, 2, 5, 5, 8),
+                                                                  (1, 1, 65, 65, 80), (3, 1, 33, 40, 96), (2, 2, 31, 48, 128), (1, 1, 3, 3, 1)])
+def test_attention_and_its_gradients_are_the_formula_s_at_any_length_and_head_size(heads, key_heads, queries, keys, size):
+    check_attention(qkv(1, heads, key_heads, queries, keys, size))
+
+
+@interpreted
+def test_attention_that_is_not_causal_sees_all_keys():
+    check_attention(qkv(1, 2, 1, 33, 50, 16), causal=False)
+    check_attention(qkv(1, 1, 1, 32, 32, 16), causal=False)
+
+
+@interpreted
+def test_attention_in_float16_is_as_exact_as_float16():
+    check_attention(qkv(1, 2, 1, 40, 50, 64, torch.float16))
+    check_attention(qkv(1, 2, 1, 40, 50, 64, torch.float16), softcap=5.0, window=20, key_lengths=torch.tensor([45]))
+
+
+@interpreted
+@pytest.mark.parametrize("window, causal", [(1, True), (5, True), (16, True), (40, True), (1000, True), (7, False), (17, False), (1000, False)])
+def test_attention_with_a_window_sees_so_many_latest_positions(window, causal):
+    check_attention(qkv(1, 1, 1, 45, 53, 16), window=window, causal=causal)
+
+
+@interpreted
+def test_attention_of_window_1_is_v_itself():
+    q, k, v = qkv(1, 2, 2, 35, 35, 16)
+    torch.testing.assert_close(flash_attention(q, k, v, window=1), v)
+
+
+@interpreted
+def test_attention_scales_and_caps_scores():
+    check_attention(qkv(1, 2, 1, 40, 40, 16), scale=0.7)
+    check_attention(qkv(1, 2, 1, 40, 40, 16), scale=2.0, softcap=3.0)
+    check_attention(qkv(1, 1, 1, 40, 50, 16), softcap=50.0, window=30)
+    q, k, v = qkv(1, 1, 1, 40, 40, 16)
+    check_attention([q * 100, k * 100, v], softcap=20.0)                     # where tanh is 1, exponentials must not overflow
+
+
+@interpreted
+def test_attention_with_a_large_cap_is_as_exact_as_without():
+    check_attention(qkv(1, 1, 1, 40, 40, 16), softcap=1e4)
+
+
+@interpreted
+def test_attention_of_large_scores_does_not_overflow():
+    q, k, v = qkv(1, 1, 1, 40, 40, 16)
+    check_attention([q * 100, k * 100, v], tolerance=1e-3)
+
+
+SORTED_IDS = torch.tensor([[0] * 20 + [1] * 44 + [2] * 3 + [7] * 3, [5] * 70])
+
+
+@interpreted
+@pytest.mark.parametrize("ids", [SORTED_IDS, SORTED_IDS[:1].flip(1), torch.tensor([[3, -1] * 35]), torch.tensor([[1] * 30 + [9] * 30 + [1] * 10]),
+                                 2 ** 40 * SORTED_IDS[:1] + 3, -(2 ** 62) + SORTED_IDS[:1]], ids="sorted falling alternating returning huge low".split())
+def test_attention_stays_within_documents_however_they_are_numbered(ids):
+    check_attention(qkv(len(ids), 1, 1, 70, 70, 16), document_ids=ids)
+
+
+@interpreted
+def test_attention_takes_document_ids_of_any_integers():
+    inputs, ids = qkv(1, 1, 1, 40, 40, 16), torch.arange(40)[None] // 23
+    expected = attention_formula(*(t.double() for t in inputs), document_ids=ids)
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+        assert deviation(flash_attention(*inputs, document_ids=ids.to(dtype)), expected) < 1e-5
+
+
+@interpreted
+def test_attention_stays_within_documents_when_queries_are_the_last_positions_only():
+    check_attention(qkv(1, 2, 1, 41, 70, 16), document_ids=SORTED_IDS[:1])
+    check_attention(qkv(1, 1, 1, 41, 70, 16), document_ids=SORTED_IDS[:1], causal=False)
+    check_attention(qkv(1, 1, 1, 41, 70, 16), document_ids=torch.arange(70)[None] // 50)       # the third grain of 16 that the first tile meets
+    check_attention(qkv(2, 1, 1, 1, 70, 16), document_ids=torch.randint(3, (70, 2)).T)
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_sees_the_first_keys_of_padded_rows_only(causal):
+    lengths = torch.tensor([0, 1, 32, 37, 99])
+    check_attention(qkv(5, 1, 1, 40, 40, 16), key_lengths=lengths, causal=causal)
+    check_attention(qkv(3, 2, 1, 20, 40, 16), key_lengths=lengths[2:].short(), causal=causal, window=7)
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_with_everything_at_once(causal):
+    check_attention(qkv(2, 2, 1, 37, 50, 24), causal=causal, scale=0.3, window=29, softcap=2.0, document_ids=SORTED_IDS[:, 15:65], key_lengths=torch.tensor([47, 30]))
+
+
+@interpreted
+def test_attention_reads_tensors_however_they_lie():
+    gradient, options = torch.randn(2, 2, 20, 16), dict(window=9, key_lengths=torch.tensor([20, 13]))
+    q, k, v = torch.randn(2, 20, 4 * 16).view(2, 20, 4, 16).transpose(1, 2).split((2, 1, 1), 1)     # of one product (B, S, heads · D)
+    check_attention([q, k, v], gradient, **options)
+    strided = [torch.randn(1, heads, 20, 32)[..., ::2] for heads in (2, 1, 1)]
+    check_attention(strided, gradient[:1])
+    turned = [torch.randn(1, heads, 16, 20).mT for heads in (2, 1, 1)]
+    check_attention(turned, gradient[:1])
+    check_attention([q, *(torch.randn(1, 1, 20, 16).expand(2, 2, 20, 16) for _ in "kv")], gradient)
+    check_attention([torch.randn(1, 2, 1, 16).expand(1, 2, 20, 16), k[:1], v[:1]], gradient[:1])
+
+
+@interpreted
+def test_attention_answers_in_the_layout_of_its_queries():
+    q, k, v = (t.transpose(1, 2) for t in torch.randn(3, 1, 5, 2, 16))
+    assert flash_attention(q, k, v).transpose(1, 2).is_contiguous()
+
+
+@interpreted
+def test_attention_reads_sliding_views_and_writes_within_its_own_memory():
+    sliding = torch.randn(1, 1, 60).unfold(2, 32, 1)[:, :, :8]                                       # strides 60, 60, 1, 1
+    for i in range(3):
+        inputs = qkv(1, 1, 1, 8, 8, 32)
+        inputs[i] = sliding
+        check_attention(inputs)
+
+
+@interpreted
+def test_attention_takes_gradients_however_they_lie():
+    inputs = qkv(2, 2, 1, 10, 10, 16)
+    for gradient in (torch.randn(1).expand(2, 2, 10, 16), torch.randn(2, 10, 2, 16).transpose(1, 2), torch.randn(2, 2, 16, 10).mT,
+                     torch.randn(2, 2, 10, 48)[..., 16:32]):
+        check_attention(inputs, gradient)
+
+
+@interpreted
+@pytest.mark.parametrize("function", [flash_attention, flash_attention_reference])
+@pytest.mark.parametrize("window, value", [(None, math.nan), (4, math.inf)])
+def test_attention_does_not_let_anything_out_of_padding(function, window, value):
+    q, k, v = qkv(3, 1, 1, 40, 40, 16)
+    options = dict(key_lengths=torch.tensor([21, 0, 40]), window=window)
+    wanted = with_gradients(attention_formula, [q.double(), k.double(), v.double()], **options)
+    for t in (k, v):
+        t[0, :, 21:], t[1] = value, value
+    for a, b in zip(with_gradients(function, [q, k, v], **options), wanted):
+        assert deviation(a, b) < 1e-5
+
+
+@interpreted
+def test_attention_s_rows_that_see_nothing_are_zeros_with_zero_gradients():
+    inputs = qkv(2, 2, 1, 40, 40, 16)
+    out, dq, dk, dv = with_gradients(flash_attention, inputs, window=8, key_lengths=torch.tensor([20, 0]))
+    blind = torch.stack([torch.arange(40) - 7 >= 20, torch.ones(40, dtype=torch.bool)])[:, None].expand(2, 2, 40)
+    for t in (out, dq):
+        assert not t[blind].any() and t[~blind].any()
+    for t in (dk, dv):
+        assert not t[0, :, 20:].any() and not t[1].any() and t[0, :, :20].any(-1).all()
+
+
+@interpreted
+def test_attention_s_nan_and_inf_come_out_in_all_rows_that_see_them_and_in_no_other_head_or_batch():
+    clean = qkv(2, 2, 2, 48, 48, 16)
+    expected = flash_attention(*clean)
+    for which, value in ((0, math.nan), (1, math.nan), (2, math.inf)):
+        inputs = [t.clone() for t in clean]
+        inputs[which][1, 1, 36] = value
+        out = flash_attention(*inputs)
+        bad = ~out.isfinite().all(-1)
+        if which == 0:
+            assert bad[1, 1, 36] and bad.sum() == 1
+        else:
+            assert bad[1, 1:, 36:].all()
+            bad[1, 1:, 32:] = True                                           # the tile's own neighbours may have it, the tile before not
+            assert bad.sum() == 16
+        assert torch.equal(out[~bad], expected[~bad])
+
+
+@interpreted
+def test_attention_never_touches_tiles_that_are_masked_whole():
+    """What must not be touched is NaN: results are the formula's without it."""
+    ids, early, late = torch.arange(64)[None] // 32, slice(0, 32), slice(32, 64)
+    for options, poisoned, unharmed in (
+            (dict(document_ids=ids), late, [early] * 4), (dict(document_ids=ids), early, [late] * 4),            # another document
+            (dict(document_ids=ids, causal=False), late, [early] * 4), (dict(document_ids=ids, causal=False), early, [late] * 4),
+            (dict(window=8), slice(0, 16), [late] * 4),                                              # before the window
+            (dict(window=8), late, [early, early, slice(0, 16), slice(0, 16)]),                      # queries that have passed a key by
+            ({}, late, [early, early, slice(0, 0), slice(0, 0)])):                                   # the future
+        inputs = qkv(1, 1, 1, 64, 64, 16)
+        wanted = with_gradients(attention_formula, [t.double() for t in inputs], **options)
+        for t in inputs:
+            t[:, :, poisoned] = math.nan
+        for a, b, part in zip(with_gradients(flash_attention, inputs, **options), wanted, unharmed):
+            assert deviation(a[:, :, part], b[:, :, part]) < 1e-5
+
+
+@pytest.mark.parametrize("queries, keys, options", [
+    (96, 96, {}), (64, 64, dict(causal=False)), (70, 86, {}), (70, 70, dict(causal=False)), (64, 96, dict(window=40)),
+    (96, 96, dict(window=50, causal=False)), (96, 96, dict(document_ids=torch.tensor([[0] * 16 + [1] * 54 + [2] * 26]))),
+    (96, 96, dict(causal=False, document_ids=torch.tensor([[9] * 16 + [4] * 54 + [2] * 26]))), (64, 64, dict(key_lengths=torch.tensor([37]))),
+    (64, 64, dict(causal=False, key_lengths=torch.tensor([0]))), (33, 47, {}), (40, 41, {}), (49, 49, {}),
+    *((64, 64, dict(window=window)) for window in (2, 15, 18, 47))],
+    ids="causal full odd odd-full window window-full documents documents-full lengths nothing offset-14 offset-1 one-more window-2 window-15 window-18 window-47".split())
+@interpreted
+def test_attention_visits_tiles_in_which_anything_is_visible_once_and_masks_those_in_which_not_all_is(queries, keys, options, monkeypatch):
+    counts = {}
+    for name, transposed in (("_attend", False), ("_query_step", False), ("_key_step", True)):
+        def counted(*arguments, name=name, original=getattr(kernels, name)):
+            masked = bool(arguments[-1])
+            counts[name, masked] = counts.get((name, masked), 0) + 1
+            return original(*arguments)
+        monkeypatch.setattr(kernels, name, counted)
+    check_attention(qkv(1, 1, 1, queries, keys, 16), **options)
+    visible = visible_pairs(queries, keys, **options)[0, 0]
+    tiles = [t for rows in visible.split(32) for t in rows.split(16, 1)]
+    whole = sum(bool(t.all()) and t.shape[1] == 16 for t in tiles)
+    some = sum(bool(t.any()) for t in tiles)
+    for name in ("_attend", "_query_step"):
+        assert (counts.get((name, False), 0), counts.get((name, True), 0)) == (whole, some - whole), name
+    # here the queries must be 32, while keys beyond the length or the end are overwritten, and need no mask
+    wholes = sum(bool(t[:, :n].all()) and len(t) == 32 and bool(t.any()) for t in tiles
+                 for n in [t.shape[1] if "key_lengths" not in options else max(1, int(t.any(0).sum()))])
+    unmasked = counts.get(("_key_step", False), 0)
+    assert unmasked + counts.get(("_key_step", True), 0) == some and (unmasked == wholes or "key_lengths" in options)
+
+
+@interpreted
+def test_attention_under_autocast_runs_and_answers_in_autocast_s_dtype():
+    inputs = qkv(1, 2, 1, 20, 20, 16)
+    inputs[1] = inputs[1].half()                                             # as after a product under autocast
+    for function in (flash_attention, flash_attention_reference):
+        if function is flash_attention_reference:
+            inputs[1] = inputs[1].float()
+        with torch.autocast("cpu", torch.float16):
+            out, *gradients = with_gradients(function, inputs)
+            assert out.dtype == torch.float16 and [g.dtype for g in gradients] == [t.dtype for t in inputs]
+        wanted = with_gradients(attention_formula, [t.double() for t in inputs])
+        for a, b in zip((out, *gradients), wanted):
+            assert deviation(a, b) < 3e-3
+
+
+@interpreted
+def test_attention_gives_second_backward_passes_the_same_and_refuses_second_derivatives():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 20, 20, 16))
+    out = flash_attention(q, k, v)
+    first = torch.autograd.grad(out, (q, k, v), out.detach(), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(out, (q, k, v), out.detach())):
+        assert torch.equal(a, b)
+    slope, = torch.autograd.grad(flash_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="flatlm"):
+        slope.sum().backward()
+
+
+@interpreted
+def test_attention_gives_gradients_to_those_inputs_that_want_them():
+    inputs = qkv(1, 1, 1, 20, 20, 16)
+    wanted = with_gradients(flash_attention, inputs, torch.ones(1, 1, 20, 16))[1:]
+    for i in range(3):
+        some = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        flash_attention(*some).sum().backward()
+        assert [t.grad is not None for t in some] == [i == j for j in range(3)] and torch.equal(some[i].grad, wanted[i])
+    x = inputs[0].requires_grad_()
+    flash_attention(x, x, x).sum().backward()                                # one tensor in three places
+    y = x.detach().double().requires_grad_()
+    attention_formula(y, y, y).sum().backward()
+    assert deviation(x.grad, y.grad) < 1e-5
+
+
+@interpreted
+def test_attention_of_nothing_is_nothing_with_gradients():
+    for shape in ((0, 2, 1, 4, 4, 16), (1, 2, 1, 0, 4, 16), (1, 2, 1, 0, 0, 16), (1, 0, 1, 4, 4, 16)):
+        inputs = qkv(*shape)
+        out, *gradients = with_gradients(flash_attention, inputs)
+        assert out.shape == inputs[0].shape and all(g.shape == t.shape and not g.any() for g, t in zip(gradients, inputs))
+
+
+@interpreted
+def test_attention_computes_nothing_for_what_is_off(monkeypatch):
+    launched, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *arguments, **settings: (launched.append((kernel, settings)), launch(kernel, *arguments, **settings)))
+    with_gradients(flash_attention, qkv(1, 1, 1, 4, 4, 16), causal=False)
+    assert [kernel for kernel, _ in launched] == [kernels._attention_forward, kernels._attention_backward_q, kernels._attention_backward_kv]
+    for _, settings in launched:
+        assert not any(settings[name] for name in ("CAUSAL", "WINDOW", "CAP", "DOCUMENTS", "LENGTHS"))
+    launched.clear()
+    with_gradients(flash_attention, qkv(1, 1, 1, 4, 4, 16), document_ids=torch.zeros(1, 4).long())
+    assert launched[0][0] is kernels._document_ranges and launched[1][1]["DOCUMENTS"]
+
+
+# The loss of the head
+
+def loss_formula(hidden, weight, targets, ignore_index=-100, softcap=None, z_loss=0.0):
+    """Position after position."""
+    losses = []
+    for x, target in zip(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).tolist()):
+        if target != ignore_index:
+            z = weight @ x
+            z = z if softcap is None else softcap * torch.tanh(z / softcap)
+            total = z.max() + (z - z.max()).exp().sum().log()
+            losses.append(total - z[target] + z_loss * total ** 2)
+    return sum(losses) / len(losses)
+
+
+def head_tensors(*shape, vocabulary, size, dtype=torch.float32):
+    """Hidden states, weights, and targets of which each third is ignored."""
+    targets = torch.randint(vocabulary, shape)
+    targets.view(-1)[1::3] = -100
+    return torch.randn(*shape, size).to(dtype), (torch.randn(vocabulary, size) * 2 / size ** 0.5).to(dtype), targets
+
+
+def check_loss(hidden, weight, targets, tolerance=None, function=kernels.linear_cross_entropy, factor=3.0, **options):
+    """The loss and its gradients, of a multiple of it, against the formula's in float64."""
+    tolerance = tolerance or {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[weight.dtype]
+    ours, exact = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()], [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    loss, expected = function(*ours, targets, **options), loss_formula(*exact, targets, **options)
+    assert loss.shape == () and loss.dtype in (torch.float32, torch.float64) and abs(loss.item() / expected.item() - 1) < tolerance
+    for got, want, t in zip(torch.autograd.grad(factor * loss, ours), torch.autograd.grad(factor * expected, exact), ours):
+        assert got.dtype == t.dtype and got.shape == t.shape
+        assert ((got.double() - want).norm() / want.norm()).item() < tolerance
+
+
+@interpreted
+@pytest.mark.parametrize("shape, vocabulary, size, options", [
+    ((1,), 1, 4, dict(z_loss=0.1)), ((5,), 3, 7, {}), ((2, 9), 64, 16, {}), ((2, 9), 129, 5, dict(z_loss=0.1)), ((20,), 300, 16, dict(softcap=2.0)),
+    ((3, 2, 4), 131, 16, dict(softcap=3.0, z_loss=0.2)), ((), 10, 8, {})])
+def test_linear_cross_entropy_and_its_gradients_are_the_formula_s(shape, vocabulary, size, options):
+    check_loss(*head_tensors(*shape, vocabulary=vocabulary, size=size), **options)
+
+
+@interpreted
+def test_linear_cross_entropy_ignores_any_index_and_takes_int32():
+    hidden, weight, targets = head_tensors(12, vocabulary=20, size=8)
+    targets[targets < 0] = 7
+    for index in (7, -1, 2 ** 40, 20):
+        check_loss(hidden, weight, targets if index == 7 else targets.where(targets != 7, index), ignore_index=index)
+    check_loss(hidden, weight, targets.int(), ignore_index=7)
+
+
+@interpreted
+def test_linear_cross_entropy_in_float16_adds_up_in_float32():
+    check_loss(*head_tensors(50, vocabulary=70, size=40, dtype=torch.float16), z_loss=0.1)
+    check_loss(*head_tensors(50, vocabulary=64, size=40, dtype=torch.float16), softcap=3.0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_linear_cross_entropy_adds_up_over_chunks_of_positions(dtype):
+    hidden, weight, targets = head_tensors(515, vocabulary=9, size=4, dtype=dtype)                           # 512 and 3
+    check_loss(hidden, weight, targets.where(torch.arange(515) % 16 < 2, -100), z_loss=0.1)
+
+
+@interpreted
+def test_linear_cross_entropy_in_float16_has_finite_gradients_where_the_plain_one_has():
+    """40 equal positions, whose sum of gradients, 80,000, is beyond float16 and whose mean, 2,000, is not."""
+    hidden, weight = torch.full((40, 4), 2000.0).half(), torch.tensor([[-0.002] * 4, [0.002] * 4]).half()
+    check_loss(hidden, weight, torch.zeros(40, dtype=torch.long), factor=1.0)
+
+
+@interpreted
+def test_linear_cross_entropy_in_float16_keeps_the_digits_of_small_gradients_under_loss_scaling():
+    """A gradient of some 1e-9 is nothing in float16, times a scaler's 2^16 it is something."""
+    hidden, weight, targets = head_tensors(50, vocabulary=70, size=40, dtype=torch.float16)
+    check_loss(hidden, weight * 1e-2, targets, factor=2.0 ** 16, tolerance=3e-3)
+
+
+@interpreted
+def test_linear_cross_entropy_of_large_logits_does_not_overflow():
+    hidden, weight, targets = head_tensors(9, vocabulary=40, size=8)
+    check_loss(hidden * 300, weight * 10, targets, tolerance=1e-4)
+    check_loss(hidden * 300, weight * 10, targets, tolerance=1e-4, softcap=10.0)
+
+
+@interpreted
+def test_linear_cross_entropy_with_a_large_cap_is_as_exact_as_without():
+    check_loss(*head_tensors(9, vocabulary=40, size=8), softcap=1e4)
+
+
+@interpreted
+def test_linear_cross_entropy_of_ignored_targets_alone_is_nan_with_zero_gradients_as_torch_s():
+    hidden, weight, targets = head_tensors(6, vocabulary=20, size=8)
+    for function in (kernels.linear_cross_entropy, kernels.linear_cross_entropy_reference,
+                     lambda h, w, t: torch.nn.functional.cross_entropy(h @ w.T, t)):
+        ours = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = function(*ours, targets.fill_(-100))
+        assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, ours))
+
+
+@interpreted
+@pytest.mark.parametrize("target", [20, 63, -5, -101, 2 ** 40, -2 ** 63])
+def test_a_target_outside_the_vocabulary_gives_nan_where_it_reaches_and_nowhere_else(target):
+    hidden, weight, targets = head_tensors(6, vocabulary=20, size=8)
+    targets = targets.clamp(min=0)
+    targets[3] = target
+    for function in (kernels.linear_cross_entropy, kernels.linear_cross_entropy_reference):
+        ours = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = function(*ours, targets)
+        assert loss.isnan() and function(*ours, targets, ignore_index=target).isfinite()
+        dx, = torch.autograd.grad(loss, ours[:1])
+        if function is kernels.linear_cross_entropy:
+            assert dx[3].isnan().all() and dx[[0, 1, 2, 4, 5]].isfinite().all()
+
+
+@interpreted
+def test_linear_cross_entropy_of_nan_and_inf_is_not_a_number():
+    hidden, weight, targets = head_tensors(6, vocabulary=20, size=8)
+    for value in (math.nan, math.inf):
+        bad = hidden.clone()
+        bad[3, 2] = value
+        assert not kernels.linear_cross_entropy(bad, weight, targets).isfinite()
+        lse, target_logit = kernels.linear_logsumexp(bad, weight, targets.clamp(min=0))
+        assert not lse[3].isfinite() and lse[[0, 1, 2, 4, 5]].isfinite().all() and target_logit[[0, 1, 2, 4, 5]].isfinite().all()
+        bad[3, 2], bad[1, 2] = 0, value                                      # where the target is ignored
+        assert kernels.linear_cross_entropy(bad, weight, targets).isfinite() and kernels.linear_cross_entropy(bad.requires_grad_(), weight, targets).isfinite()
+
+
+@interpreted
+def test_linear_cross_entropy_under_autocast_takes_float32_weights():
+    hidden, weight, targets = head_tensors(40, vocabulary=70, size=16)
+    for function in (kernels.linear_cross_entropy, kernels.linear_cross_entropy_reference):
+        with torch.autocast("cpu", torch.float16):
+            check_loss(hidden, weight, targets, tolerance=3e-3, function=function)
+            check_loss(hidden.half(), weight, targets, tolerance=3e-3, function=function)
+    with torch.autocast("cpu", torch.float16):
+        lse, target_logit = kernels.linear_logsumexp(hidden.half(), weight, targets)
+    assert lse.dtype == target_logit.dtype == torch.float32
+    assert deviation(lse, torch.logsumexp(hidden.double() @ weight.double().T, -1)) < 1e-3
+
+
+@interpreted
+def test_linear_cross_entropy_reads_tensors_however_they_lie():
+    targets = torch.arange(5).expand(3, 5)
+    check_loss(torch.randn(5, 3, 8).transpose(0, 1), torch.randn(8, 6).T, targets)
+    check_loss(torch.randn(3, 5, 24)[..., 8:16], torch.randn(12, 8)[::2], targets.flip(1)[:, :5])
+    check_loss(torch.randn(8).expand(3, 5, 8), torch.randn(6, 16)[:, ::2], torch.randint(6, (5, 3)).T)
+
+
+@interpreted
+def test_linear_cross_entropy_makes_gradients_only_where_they_are_wanted(monkeypatch):
+    made, through = [], kernels._through_head
+    monkeypatch.setattr(kernels, "_through_head", lambda *a, **b: (made.append(through(*a, **b)), made[-1])[1])
+    hidden, weight, targets = head_tensors(6, vocabulary=20, size=8)
+    expected = loss_formula(hidden.double(), weight.double(), targets)
+    for wants in ((False, False), (True, False), (False, True)):
+        ours = [t.detach().requires_grad_(want) for t, want in zip((hidden, weight), wants)]
+        loss = kernels.linear_cross_entropy(*ours, targets)
+        assert deviation(loss, expected) < 1e-5 and loss.requires_grad == any(wants)
+        if any(wants):
+            loss.backward()
+            assert [t.grad is not None for t in ours] == [*wants]
+        with torch.no_grad():
+            assert deviation(kernels.linear_cross_entropy(*ours, targets), expected) < 1e-5
+        assert made[-1][2].numel() == made[-1][3].numel() == 0
+    assert [m[3].numel() > 0 for m in made] == [False, False, True, False, True, False]
+
+
+@interpreted
+def test_linear_cross_entropy_accumulates_scaled_gradients():
+    hidden, weight, targets = head_tensors(8, vocabulary=20, size=8)
+    weight, exact = weight.requires_grad_(), weight.detach().double().requires_grad_()
+    for part in (slice(0, 4), slice(4, 8)):
+        (kernels.linear_cross_entropy(hidden[part], weight, targets[part]) / 2).backward()
+        (loss_formula(hidden[part].double(), exact, targets[part]) / 2).backward()
+    assert deviation(weight.grad, exact.grad) < 1e-6
+
+
+@interpreted
+def test_linear_cross_entropy_refuses_a_second_backward_pass_rather_than_be_wrong():
+    hidden, weight, targets = head_tensors(6, vocabulary=20, size=8)
+    loss = kernels.linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@interpreted
+def test_a_backward_pass_of_the_loss_takes_no_memory_of_its_own():
+    hidden, weight, targets = head_tensors(6, vocabulary=2000, size=8)
+    loss = kernels.linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    peak, _ = peak_bytes(lambda: torch.autograd.grad(loss, (hidden, weight)))
+    assert peak < weight.nbytes / 4
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_vocabulary_split_in_three_gives_the_whole_s_loss_and_gradients(softcap):
+    hidden, weight, targets = head_tensors(20, vocabulary=100, size=8)
+    targets = targets.abs().clamp(max=99)
+    ours, exact = (hidden.requires_grad_(), weight.requires_grad_()), [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    for function in (kernels.linear_logsumexp, kernels.linear_logsumexp_reference):
+        parts = [function(hidden, weight[a:b], targets - a, softcap=softcap) for a, b in ((0, 30), (30, 77), (77, 100))]
+        total, logit = torch.stack([p[0] for p in parts]).logsumexp(0), torch.stack([p[1] for p in parts]).amax(0)
+        assert sum(p[1].isneginf().long() for p in parts).eq(2).all()
+        loss, expected = (total - logit).mean(), loss_formula(*exact, targets, softcap=softcap)
+        assert deviation(loss, expected) < 1e-5
+        for a, b in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)):
+            assert deviation(a, b) < 1e-5
+
+
+@interpreted
+def test_per_token_log_probabilities_take_any_weights():
+    """As of a policy's loss; and twice, as nothing is overwritten."""
+    hidden, weight, targets = head_tensors(2, 7, vocabulary=12, size=4)
+    targets, weights = targets.clamp(min=0).int(), torch.randn(2, 7) * (torch.rand(2, 7) < 0.5)
+    ours, exact = (hidden.requires_grad_(), weight.requires_grad_()), [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    lse, logit = kernels.linear_logsumexp(*ours, targets)
+    z = torch.einsum("abd,vd->abv", *exact)
+    wanted = z.exp().sum(-1).log(), z.gather(-1, targets.long()[..., None])[..., 0]
+    for a, b in zip((lse, logit), wanted):
+        assert a.shape == (2, 7) and a.dtype == torch.float32 and deviation(a, b) < 1e-5
+    loss, expected = (weights * (logit - lse)).sum() + (lse * lse).mean(), (weights * (wanted[1] - wanted[0])).sum() + (wanted[0] ** 2).mean()
+    for again in (True, False):
+        for a, b in zip(torch.autograd.grad(loss, ours, retain_graph=again), torch.autograd.grad(expected, exact, retain_graph=True)):
+            assert deviation(a, b) < 1e-5
+    for i in range(2):                                                       # one of both outputs alone
+        for a, b in zip(torch.autograd.grad(kernels.linear_logsumexp(*ours, targets)[i].sum(), ours),
+                        torch.autograd.grad(wanted[i].sum(), exact, retain_graph=True)):
+            assert deviation(a, b) < 1e-5
+
+
+@interpreted
+def test_a_loss_of_nothing_is_nan_with_gradients_of_zeros():
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert loss.isnan() and torch.autograd.grad(loss, hidden)[0].shape == (0, 8)
+    assert [t.shape for t in kernels.linear_logsumexp(hidden, weight, torch.zeros(0, dtype=torch.long))] == [(0,), (0,)]
+    loss = kernels.linear_cross_entropy(torch.randn(3, 0), torch.randn(5, 0), torch.arange(3))
+    assert loss.item() == pytest.approx(math.log(5))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as they live, and their peak."""
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in given and key not in self.sizes:
+                self.sizes[key] = t.untyped_storage().nbytes()
+                weakref.finalize(t.untyped_storage(), self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+def peak_bytes(function):
+    """The peak of what runs, and the result."""
+    with LiveBytes() as live:
+        out = function()
+    return live.peak, out
+
+
+@interpreted
+@pytest.mark.parametrize("positions, dtype", [(16384, torch.bfloat16), (32768, torch.bfloat16), (8192, torch.float32), (32768, torch.float32)])
+def test_linear_cross_entropy_takes_an_eighth_of_the_plain_version_s_memory_at_a_vocabulary_of_128_thousand(positions, dtype, monkeypatch):
+    """Beyond inputs and gradients, where only shapes are computed. At 8,192 positions in bfloat16 the weight's gradient in float32 is more."""
+    monkeypatch.setattr(kernels, "launch", lambda *arguments, **settings: None)
+    make = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
+    hidden, weight, targets = make(positions, 4096).requires_grad_(), make(128256, 4096).requires_grad_(), make(positions, dtype=torch.long)
+    monkeypatch.setattr(kernels, "fused", lambda tensor: True)
+    monkeypatch.setattr(kernels, "autocast_dtype", lambda tensor: torch.bfloat16)
+
+    def plain():
+        loss = kernels.linear_cross_entropy_reference(hidden.bfloat16(), weight.bfloat16(), targets)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    def through_head():                                                      # what the operator does within, which autograd's run below leaves out
+        with torch.no_grad():
+            return kernels._through_head(hidden, weight, targets, 0.0, torch.bfloat16, pull, pull)
+
+    pull, gradients = make(positions, dtype=torch.float32), hidden.nbytes + weight.nbytes
+    around = lambda: torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    ours, theirs = max(peak_bytes(through_head)[0], peak_bytes(around)[0]), peak_bytes(plain)[0]
+    logits = positions * 128256 * 2
+    assert theirs - gradients > 2 * logits                                   # the count is a count: logits and their gradients at least
+    assert 0 < ours - gradients < (theirs - gradients) / 8
+
+
+# What both share
+
+@interpreted
+def test_compiled_attention_and_loss_are_one_graph_and_give_what_eager_gives():
+    lengths, targets, ids = torch.tensor([10, 6]), torch.randint(30, (2, 10)), torch.arange(20).view(2, 10) // 4
+
+    def model(x, weight):
+        """What a model does at its ends: heads from one product, attention, the loss."""
+        q, k, v = x.view(2, 10, 4, 16).transpose(1, 2).split((2, 1, 1), 1)
+        mixed = flash_attention(q, k, v, window=9, document_ids=ids, key_lengths=lengths, softcap=5.0)
+        hidden = mixed.transpose(1, 2).reshape(2, 10, 32)
+        lse, logit = kernels.linear_logsumexp(hidden, weight, targets)
+        return kernels.linear_cross_entropy(hidden, weight, targets, z_loss=0.1) * 3 + (lse - logit).square().mean()
+
+    x, weight = torch.randn(2, 10, 64, requires_grad=True), torch.randn(30, 32, requires_grad=True)
+    out, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(x, weight), model(x, weight)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(torch.autograd.grad(out, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        assert want.any() and deviation(got, want) < 1e-6
+
+
+@interpreted
+def test_attention_and_loss_operators_describe_themselves_truly():
+    q, k, v = (t.requires_grad_() for t in qkv(2, 2, 1, 5, 7, 8))
+    x, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True), torch.arange(5)
+    ids, lengths = torch.zeros(2, 7, dtype=torch.long), torch.tensor([7, 3])
+    turned, ops = torch.randn(2, 5, 2, 8).transpose(1, 2), torch.ops.flatlm
+    for op, arguments in ((ops.flash_attention, (q, k, v, ids, lengths, True, 0.3, 4, 2.0)), (ops.flash_attention, (turned, k, v, None, None, True, 0.3, 0, 0.0)),
+                          (ops.flash_attention_backward, (torch.randn(2, 2, 5, 8), turned, k.detach(), v.detach(), turned, torch.zeros(2, 2, 5), None, None, True, 0.3, 0, 0.0)),
+                          (ops.linear_cross_entropy, (x, weight, targets, -100, 0.0, 0.1, torch.float32, True)),
+                          (ops.linear_cross_entropy, (x.detach(), weight.detach(), targets, -100, 0.0, 0.1, torch.float32, False)),
+                          (ops.linear_logsumexp, (x, weight, targets, 0.0, torch.float32)),
+                          (ops.linear_logsumexp_backward, (x.detach(), weight.detach(), targets, torch.ones(5), torch.ones(5), 2.0, torch.float32))):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@interpreted
+def test_without_a_gpu_attention_and_loss_run_their_twins(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "launch", None)
+    options = dict(scale=0.3, window=29, softcap=2.0, document_ids=SORTED_IDS, key_lengths=torch.tensor([66, 45]))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_attention(qkv(2, 4, 2, 61, 70, 24, dtype))
+        check_attention(qkv(2, 4, 2, 61, 70, 24, dtype), **options)
+        check_attention(qkv(2, 1, 1, 70, 70, 200, dtype), causal=False)      # any head size
+        check_loss(*head_tensors(2, 9, vocabulary=20, size=8, dtype=dtype), z_loss=0.1, softcap=3.0, function=kernels.linear_cross_entropy)
+    hidden, weight, targets = head_tensors(9, vocabulary=20, size=8)
+    lse, logit = kernels.linear_logsumexp(hidden, weight, targets)
+    assert deviation(lse, (hidden @ weight.T).exp().sum(-1).log()) < 1e-5 and torch.equal(logit.isneginf(), targets < 0)
+
+
+@interpreted
+def test_without_triton_the_names_run_their_twins():
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None                                         # so that its import fails
+        import torch, kernels
+        x, w = torch.ones(1, 1, 4, 16), torch.zeros(10, 16)
+        print(kernels.flash_attention(x, x, x).sum().item(), kernels.linear_cross_entropy(x, w, torch.zeros(1, 1, 4, dtype=torch.long)).item(),
+              kernels.linear_logsumexp(x, w, torch.zeros(1, 1, 4, dtype=torch.long))[1].sum().item(), kernels.INTERPRETED)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(kernels.__file__).parent,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 0, done.stderr
+    total, loss, logit, interpreted = done.stdout.split()
+    assert float(total) == 64 and float(loss) == pytest.approx(math.log(10)) and float(logit) == 0 and interpreted == "False"
+
+
+@interpreted
+def test_bad_input_to_attention_is_one_error_that_names_it_and_the_shapes():
+    q, k, v = qkv(2, 4, 2, 5, 7, 16)
+    ids, lengths = torch.zeros(2, 7, dtype=torch.long), torch.tensor([7, 3])
+    cases = [("on one device", (q, k.to("meta"), v), {}), ("on one device", (q.to("meta"), k, v), {}), ("one dtype", (q, k.half(), v), {}),
+             ("float32, bfloat16 or float16", (q.double(), k.double(), v.double()), {}), ("float32, bfloat16 or float16", (q.int(), k.int(), v.int()), {}),
+             (r"must be \(B, heads, S, D\)", (q[0], k[0], v[0]), {}), ("must agree", (q, k, v[:, :, :6]), {}), ("must agree", (q[:1], k, v), {}),
+             ("must agree", (q[..., :8], k, v), {}), ("must agree", (q, k[..., :8], v[..., :8]), {}), ("must agree", (q, k, v[:, :1]), {}),
+             ("3 query heads cannot share 2 key-value heads", (q[:, :3], k, v), {}), ("4 query heads cannot share 0", (q, k[:, :0], v[:, :0]), {}),
+             ("5 queries are more than 4 keys", (q, k[:, :, :4], v[:, :, :4]), {}), ("head size is 129", [torch.zeros(1, 1, 2, 129)] * 3, {}),
+             ("head size is 0", [torch.zeros(1, 1, 2, 0)] * 3, {}),
+             *(("scale is .*must be positive", (q, k, v), dict(scale=bad)) for bad in (0.0, -1.0, math.nan, math.inf)),
+             *(("window is .*must be at least 1", (q, k, v), dict(window=bad)) for bad in (0, -3)),
+             *(("softcap is .*must be positive", (q, k, v), dict(softcap=bad)) for bad in (0.0, -1.0, math.nan)),
+             *((r"document_ids must be integers \(2, 7\)", (q, k, v), dict(document_ids=bad))
+               for bad in (ids.float(), ids[0], ids[:, :5], ids.T, ids.to("meta"), ids.to(torch.complex64), ids.to(torch.uint64))),
+             *((r"key_lengths must be integers \(2,\)", (q, k, v), dict(key_lengths=bad))
+               for bad in (lengths.float(), lengths[:1], lengths[:, None], lengths.to("meta")))]
+    for problem, tensors, options in cases:
+        with pytest.raises(ValueError, match=rf"^flash_attention: .*{problem}.*; given q \({', '.join(map(str, tensors[0].shape))}\) .* on "):
+            flash_attention(*tensors, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("function", [kernels.linear_cross_entropy, kernels.linear_logsumexp])
+def test_bad_input_to_the_loss_is_one_error_that_names_it_and_the_shapes(function):
+    hidden, weight, targets = torch.randn(2, 3, 8), torch.randn(5, 8), torch.zeros(2, 3, dtype=torch.long)
+    cases = [("on one device", (hidden, weight, targets.to("meta")), {}), ("on one device", (hidden, weight.to("meta"), targets), {}),
+             ("do not fit", (hidden, weight[:, :7], targets), {}), ("do not fit", (hidden, weight[0], targets), {}), ("do not fit", (hidden, weight[:0], targets), {}), ("do not fit", (hidden[0, 0, 0], weight, targets), {}),
+             ("one target for each", (hidden, weight, targets[0]), {}), ("one target for each", (hidden, weight, targets.T), {}),
+             ("int64 or int32", (hidden, weight, targets.float()), {}), ("int64 or int32", (hidden, weight, targets.short()), {}),
+             ("one dtype", (hidden.half(), weight, targets), {}), ("float32, bfloat16 or float16", (hidden.double(), weight.double(), targets), {}),
+             *(("softcap is .*must be positive", (hidden, weight, targets), dict(softcap=bad)) for bad in (0.0, -1.0, math.inf, math.nan))]
+    for problem, tensors, options in cases:
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: .*{problem}.*; given hidden \(.* on "):
+            function(*tensors, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# kernels.py: in models and training
+
+FUSED = Ops(kernels.flash_attention, kernels.rms_norm, kernels.swiglu, kernels.rope, kernels.linear_cross_entropy)
+
+
+@interpreted
+@pytest.mark.parametrize("variant, changes", [("qwen3", {"sliding_window": 4, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}), ("mixtral", {})])
+def test_a_model_with_fused_operations_compiles_into_one_graph_and_gives_the_plain_ones_loss_and_gradients(variant, changes):
+    plain = small(variant, **changes)
+    fused = Transformer(plain.config, FUSED)
+    fused.load_state_dict(plain.state_dict())
+    tokens, documents = torch.randint(plain.config.vocab_size, (2, 13)), torch.tensor([5, 8]).new_tensor([0] * 5 + [1] * 8).expand(2, 13)
+    results = []
+    for model in plain, torch.compile(fused, fullgraph=variant != "mixtral", backend="aot_eager"):           # experts' product is no part of a graph in float32
+        loss = model(tokens[:, :-1], tokens[:, 1:], document_ids=documents[:, :-1], z_loss=0.01)
+        loss.backward()
+        results.append(loss.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, name
+
+
+def short_runs(tokens, out, kind, *more):
+    """Three steps by the kernels of a kind, in two accumulated passes."""
+    settings, _ = train.parse(["--data", str(tokens), "--out", str(out), "--steps", "3", "--eval_tokens", "32", "--final_eval_tokens", "32", *SHAPE,
+                               "--batch_tokens", "64", "--sequence_length", "16", "--micro_batch_size", "1", "--optimizer", "adamw",
+                               "--num_hidden_layers", "1", "--kernels", kind, *more])
+    train.train(settings)
+
+
+@interpreted
+def test_training_by_fused_kernels_is_that_by_plain_ones_accumulated_and_on_two_ranks(tokens, tmp_path):
+    short_runs(tokens, tmp_path / "torch", "torch", "--document_mask")
+    on_ranks(2, short_runs, tokens, tmp_path / "triton", "triton", "--document_mask")
+    for plain, fused in zip(trajectory(tmp_path / "torch"), trajectory(tmp_path / "triton"), strict=True):
+        assert fused == pytest.approx(plain, rel=1e-4)
+
+
+@interpreted
+def test_fused_adamw_is_the_plain_one_s_update_in_groups_with_and_without_decay():
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(3)]
+    sets = [[p.clone().requires_grad_() for p in start] for _ in range(2)]
+    optimizers = [AdamW([{"params": ps[:1], "weight_decay": 0.3}, {"params": ps[1:], "weight_decay": 0.0}], lr=0.05, fused=fused)
+                  for ps, fused in zip(sets, (False, True))]
+    for step in range(4):
+        for p, q in zip(*sets):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step(torch.tensor(step == 2))
+    for p, q in zip(*sets):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert all(state["step"] == 3 for optimizer in optimizers for state in optimizer.state.values())
+
+
+@interpreted
+def test_heads_that_are_too_large_for_the_kernel_are_left_to_pytorch():
+    q = torch.randn(1, 2, 5, 160)
+    out = train.operations("triton", torch.device("cpu")).attention(q, q, q, causal=True)
+    assert torch.allclose(out, attention_reference(q, q, q), atol=1e-5)
+    assert train.operations(None, torch.device("cpu")) is None and train.operations("torch", torch.device("cpu")) is None
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_made(tokens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    given = "--data", tokens, "--out", tmp_path / "out", "--steps", 1, *SHAPE
+    assert refused(call(train, capsys, monkeypatch, *given, "--kernels", "triton"), "--kernels triton", "cpu", "--kernels torch")
+    assert refused(call(train, capsys, monkeypatch, *given, "--kernels", "cuda"), "--kernels", "'cuda'", "triton or torch")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# python kernels.py
+
+@interpreted
+def test_errors_are_printed_and_kept_and_a_wrong_kernel_shows(tmp_path, capsys, monkeypatch):
+    few = [case for case in kernels.error_cases(torch.device("cpu"), torch.float32) if case[0] in ("swiglu", "rope")]
+    monkeypatch.setattr(kernels, "error_cases", lambda device, dtype: few)
+    code, out, _ = call(kernels, capsys, monkeypatch, "errors", "--json", tmp_path / "errors.json")
+    rows = json.loads((tmp_path / "errors.json").read_text())["errors"]
+    assert code == 0 and {row["kernel"] for row in rows} == {"swiglu", "rope", "adamw_step"} <= set(out.split())
+    assert all(row["forward"] < 1e-4 and (row["gradients"] or 0) < 1e-4 for row in rows)
+    kernel, case, function, twin, tensors, options = few[0]
+    monkeypatch.setattr(kernels, "error_cases", lambda device, dtype: [(kernel, case, lambda *a: function(*a) * 1.01, twin, tensors, options)])
+    call(kernels, capsys, monkeypatch, "errors", "--json", tmp_path / "wrong.json")
+    wrong = json.loads((tmp_path / "wrong.json").read_text())["errors"][0]
+    assert wrong["forward"] == pytest.approx(0.01, rel=0.01) and wrong["gradients"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_the_tables_of_times_hold_every_kernel_its_peers_and_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    """The GPU's part of the command with a clock that counts, on tensors without contents."""
+    for name in ("randn", "randint", "zeros"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, device=None, **k: make(*a, device="meta" if device == "cuda" else device, **k))
+
+    def clock(work, repeat=50):
+        return work and kernels.unless_missing(lambda: (work(), 2.0)[1])
+
+    plain = kernels.flash_attention_reference
+
+    def too_large(q, *rest, **options):
+        if q.shape[2] > 16384:
+            raise torch.OutOfMemoryError
+        return plain(q, *rest, **options)
+
+    for name, value in dict(fused=lambda x: True, milliseconds=clock, peak_bytes=lambda work: work and 3 * 10 ** 9, INTERPRETED=False,
+                            ceilings=lambda: {"operations": 8e14, "bytes": 4e12}, sdpa=lambda backend: kernels.flash_attention,
+                            adamw_step=lambda *a: None, flash_attention_reference=too_large).items():
+        monkeypatch.setattr(kernels, name, value)
+    for name, value in dict(get_device_name=lambda: "a GPU", is_available=lambda: True).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **options: types.SimpleNamespace(step=lambda: None))
+
+    code, out, _ = call(kernels, capsys, monkeypatch, "times", "--json", tmp_path / "times.json")
+    result = json.loads((tmp_path / "times.json").read_text())
+    assert code == 0 and result["machine"]["gpu"] == "a GPU"
+    attention = result["times"][1]
+    assert attention["case"] == "16 heads, S 16,384, D 64, causal" and attention["cuDNN"]["ratio"] == 1
+    # 3.5 times the forward pass's 4 S² D H / 2, as flash-attention counts; 359 TFLOP/s would take the 5.364 ms that the issue quotes
+    assert attention["operations"] / 5.364e-3 == pytest.approx(359e12, rel=2e-3)
+    assert attention["of_ceiling"] == pytest.approx(attention["operations"] / 2e-3 / 8e14)
+    norm = next(row for row in result["times"] if row["kernel"] == "rms_norm")
+    assert norm["bytes"] == 2 * 2 * 32768 * 4096 and f"{norm['bytes'] / 2e-3 / 1e9:,.0f} GB/s" in out       # bfloat16 in and out
+    assert {row["kernel"] for row in result["times"]} == {"flash_attention", "linear_cross_entropy", "rms_norm", "swiglu", "rope", "adamw_step"}
+    assert "ours 3.00 GB" in out
+
+    code, out, _ = call(kernels, capsys, monkeypatch, "sweep", "--json", tmp_path / "sweep.json")
+    rows = json.loads((tmp_path / "sweep.json").read_text())["sweep"]
+    assert code == 0 and {(row["head_size"], row["sequence_length"]) for row in rows} == {(d, 2 ** s) for d in (16, 32, 64, 128) for s in range(7, 17)}
+    assert all((row["both"] is None) == (row["version"] == "plain" and row["sequence_length"] > 16384) for row in rows)
+    assert out.count("out of memory") == 3 * 4 * 2
+
+
+def test_what_the_command_cannot_do_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    assert refused(call(kernels, capsys, monkeypatch, "times"), "times", "needs a GPU") or torch.cuda.is_available()
+    assert refused(call(kernels, capsys, monkeypatch, "errors", "--json", tmp_path / "no" / "x.json"), "--json", "no folder")
+    assert refused(call(kernels, capsys, monkeypatch, "erors"), "erors")
+    monkeypatch.setattr(kernels, "triton", None)
+    assert refused(call(kernels, capsys, monkeypatch), "Triton is not installed", "pip install triton")
+
+
+@pytest.fixture(scope="session")
+def compiling(tmp_path_factory):
+    """`python kernels.py compile`, under way beside the tests that come before the one that wants its end. Compiled anew."""
+    folder, without = tmp_path_factory.mktemp("compiled"), {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return folder, subprocess.Popen(["nice", sys.executable, HERE / "kernels.py", "compile", "--json", folder / "rows.json"], stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, text=True, cwd=folder, env={**without, "TRITON_CACHE_DIR": str(folder / "cache")})
+
+
+def test_every_kernel_compiles_for_an_h100_by_wgmma_without_spills_in_its_shared_memory(compiling):
+    folder, process = compiling
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    rows = json.loads((folder / "rows.json").read_text())["compile"]
+    names = {row["kernel"] for row in rows}
+    in_file = set(re.findall(r"@jit\ndef _(\w+)\(", Path(kernels.__file__).read_text()))
+    assert names <= in_file and {"attention_forward", "attention_backward_q", "attention_backward_kv", "cross_entropy", "add_product", "document_ranges",
+                                 "rms_norm_kernel", "swiglu_kernel", "rope_kernel", "adamw_kernel"} <= names
+    for kernel, tiles in ("attention_forward", kernels.FORWARD_TILES), ("attention_backward_q", kernels.QUERY_TILES), ("attention_backward_kv", kernels.KEY_TILES):
+        compiled = {(f"{row['what'].split(',')[0]}", row["tile"], row["warps"], row["stages"]) for row in rows if row["kernel"] == kernel}
+        assert {("float32" if kind == "float32" else "bfloat16", f"{m} x {n}", *more) for (kind, _), some in tiles.items() for m, n, *more in some} <= compiled
+    for row in rows:
+        assert row["stack_bytes"] == 0 and row["shared_bytes"] <= 227 * 1024 and row["registers"] <= 255, row
+        if row["dots"] and "float32" not in row["what"]:
+            assert row["wgmma"] >= row["dots"] and row["mma"] == 0, row
+    assert {row["what"].split(", ")[1] for row in rows if row["kernel"] == "attention_forward"} >= {"D 16", "D 32", "D 64", "D 128"}
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -589,24 +590,36 @@ def _scaled(scores, scale, cap, CAP: tl.constexpr):
     return scores, factor
 
 
-def tuned(tiles: dict[tuple, list]):
-    """A decorator: Triton measures the tiles (M queries, N keys, warps, stages) that `tiles` has for the kind of call and the head's
+class Tuned:
+    """A kernel for whose tiles (M queries, N keys, warps, stages) Triton measures those that `tiles` has for the kind of call and the head's
     size, once for each kind, and keeps the fastest. Kinds: float32, "rich" for what needs more registers (a cap, documents, lengths),
     "plain". Eight warps read keys for twice as many queries; of four, two or three blocks share a multiprocessor, and while one multiplies
     the other takes exponentials. None spills registers. With the interpreter: small ones, so that small inputs meet all edges."""
-    config = lambda m, n, warps, stages: triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages)
 
-    def fitting(configs, named, **options):
-        rich = options["CAP"] or options["DOCUMENTS"] or options["LENGTHS"]
-        kind = "float32" if named["q"].dtype == torch.float32 else "rich" if rich else "plain"
-        return [config(*tile) for tile in tiles[kind, options["BLOCK_D"]]]
+    def __init__(self, kernel, tiles: dict[tuple, list]):
+        self.kernel, self.tiles, self.tuner = kernel, tiles, None
 
-    if triton is None:
-        return lambda kernel: kernel
-    if INTERPRETED:
-        return triton.autotune([config(32, 16, 4, 1)], [])
-    key = "BLOCK_D CAUSAL WINDOW CAP DOCUMENTS LENGTHS LONG".split()
-    return triton.autotune([config(*tile) for some in tiles.values() for tile in some], key, prune_configs_by={"early_config_prune": fitting})
+    def __getitem__(self, grid):
+        return partial(self.kernel[grid], M=32, N=16) if INTERPRETED else self.tuned()[grid]
+
+    def warmup(self, *arguments, **settings) -> list:
+        """Compile with all the tiles that fit."""
+        return self.tuned().warmup(*arguments, **settings)
+
+    def tuned(self):
+        """Triton's tuner; made when it is wanted, as some versions look for a GPU at once."""
+        config = lambda m, n, warps, stages: triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages)
+
+        def fitting(configs, named, **options):
+            rich = options["CAP"] or options["DOCUMENTS"] or options["LENGTHS"]
+            kind = "float32" if named["q"].dtype == torch.float32 else "rich" if rich else "plain"
+            return [config(*tile) for tile in self.tiles[kind, options["BLOCK_D"]]]
+
+        if self.tuner is None:
+            key = "BLOCK_D CAUSAL WINDOW CAP DOCUMENTS LENGTHS LONG".split()
+            self.tuner = triton.autotune([config(*tile) for some in self.tiles.values() for tile in some], key,
+                                         prune_configs_by={"early_config_prune": fitting})(self.kernel)
+        return self.tuner
 
 
 @jit
@@ -643,7 +656,7 @@ FORWARD_TILES = {
     ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 16, 4, 2)]}
 
 
-@tuned(FORWARD_TILES)
+@partial(Tuned, tiles=FORWARD_TILES)
 @jit
 def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                        o_batch, o_head, o_row, heads, groups, queries, keys, scale, cap, window,
@@ -706,12 +719,12 @@ QUERY_TILES = {
     ("plain", 16): [(128, 64, 4, 3)], ("plain", 32): [(128, 64, 4, 3)],
     ("plain", 64): [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3)], ("plain", 128): [(128, 64, 8, 2), (64, 32, 4, 3)],
     ("rich", 16): [(64, 64, 4, 3)], ("rich", 32): [(64, 64, 4, 3)],
-    ("rich", 64): [(128, 64, 8, 3), (64, 64, 4, 3)], ("rich", 128): [(128, 32, 8, 2), (64, 32, 4, 2)],
+    ("rich", 64): [(128, 64, 8, 3), (64, 32, 4, 3)], ("rich", 128): [(128, 32, 8, 2), (64, 32, 4, 2)],
     ("float32", 16): [(64, 32, 4, 2)], ("float32", 32): [(64, 32, 4, 2)],
     ("float32", 64): [(32, 32, 4, 2)], ("float32", 128): [(16, 32, 8, 1)]}
 
 
-@tuned(QUERY_TILES)
+@partial(Tuned, tiles=QUERY_TILES)
 @jit
 def _attention_backward_q(q, k, v, out, g, dq, lse, delta, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row,
                           v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
@@ -785,7 +798,7 @@ KEY_TILES = {
     ("float32", 64): [(16, 32, 4, 2)], ("float32", 128): [(32, 16, 8, 1)]}
 
 
-@tuned(KEY_TILES)
+@partial(Tuned, tiles=KEY_TILES)
 @jit
 def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row,
                            v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
@@ -1439,7 +1452,7 @@ def pretend_h100():
     """Have Triton compile for sm_90 although no GPU is there to ask."""
     from triton.backends.compiler import GPUTarget
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
-                                                     get_current_stream=lambda device=None: 0))
+                                                     get_current_stream=lambda device=None: 0, get_benchmarker=lambda: None))
 
 
 def describe(kernel, what: str) -> dict:

@@ -120,6 +120,11 @@ def tile(columns: int, size: int) -> dict:
     return {"ROWS": max(1, size // width), "COLUMNS": width}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's takes ten microseconds on the host.)"""
+    return -(-a // b)
+
+
 def operator(function):
     """`function` as an operator of PyTorch's library: one node for torch.compile, which does not look into it. `.plain` is the function itself."""
     definition = torch.library.custom_op(f"flatlm::{function.__name__.strip('_')}", function, mutates_args=())
@@ -179,12 +184,12 @@ def _rms_norm_kernel(x, weight, y, rows, x_stride, eps, N: tl.constexpr, ROWS: t
 
 @jit
 def _rms_norm_backward_kernel(x, weight, dy, dx, partial, rows, x_stride, dy_stride, eps, N: tl.constexpr,
-                             ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                             ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, COLUMNS)[None, :]
     w = tl.load(weight + column, mask=column < N, other=0).to(tl.float32)
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # registers leave room for two programs, too few to wait for each other's reads: three stages read two blocks ahead
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=3):
+    # registers leave room for two programs, too few to wait for each other's reads: stages read blocks ahead
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         inside, there, row = (row < rows) & (column < N), row < rows, row.to(tl.int64)
         a = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
@@ -227,7 +232,7 @@ def _rms_norm_backward_wide_kernel(x, weight, dy, dx, partial, rows, x_stride, d
 @operator
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y, flat, size = torch.empty(x.shape, dtype=dtype, device=x.device), as_rows(x), tile(len(weight), 4096)
-    launch(_rms_norm_kernel, triton.cdiv(len(flat), size["ROWS"]) if x.numel() else 0, flat, weight.contiguous(), y, len(flat),
+    launch(_rms_norm_kernel, cdiv(len(flat), size["ROWS"]) if x.numel() else 0, flat, weight.contiguous(), y, len(flat),
            flat.stride(0), eps, N=len(weight), **size, num_warps=min(32, size["ROWS"] * size["COLUMNS"] // 1024))
     return y
 
@@ -238,9 +243,10 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tup
     dx, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), len(weight)
     flat, dy, size, wide_rows = as_rows(x), as_rows(dy), tile(N, 4096), N > 8192
     kernel = _rms_norm_backward_wide_kernel if wide_rows else _rms_norm_backward_kernel
-    size = {"COLUMNS": 4096} if wide_rows else size
-    programs = min(triton.cdiv(len(flat), size.get("ROWS", 1)), 2 * multiprocessors(x.device)) if x.numel() else 0
-    partial = torch.zeros(programs, N, dtype=torch.float32, device=x.device)
+    stages = 3 if N * x.element_size() <= 16384 else 2                   # what is read ahead must fit smaller cards' 99 KB of shared memory too
+    size = {"COLUMNS": 4096} if wide_rows else {**size, "STAGES": stages}
+    programs = min(cdiv(len(flat), size.get("ROWS", 1)), 2 * multiprocessors(x.device)) if x.numel() else 0
+    partial = (torch.zeros if wide_rows else torch.empty)(programs, N, dtype=torch.float32, device=x.device)
     launch(kernel, programs, flat, weight.contiguous(), dy, dx, partial, len(flat), flat.stride(0), dy.stride(0), eps, N=N,
            **size, num_warps=size.get("ROWS", 1) * size["COLUMNS"] // 512)
     return dx, partial.sum(0).to(weight.dtype)
@@ -312,7 +318,7 @@ def _over_matrix(kernel, inputs: list[Tensor], outputs: list[Tensor]):
     inputs = [t.view(1, -1) if flat else as_rows(t) for t in inputs]
     rows, columns = inputs[0].shape
     size = tile(min(columns, 2048), 2048)               # 128 threads of 16 elements: two loads of 16 bytes from each input
-    programs = triton.cdiv(rows, size["ROWS"]) * triton.cdiv(columns, size["COLUMNS"])
+    programs = cdiv(rows, size["ROWS"]) * cdiv(columns, size["COLUMNS"])
     launch(kernel, programs, *inputs, *outputs, rows, columns, *(t.stride(0) for t in inputs), **size, num_warps=4)
 
 
@@ -384,7 +390,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out, (batch, heads, positions, D) = empty_like(x), x.shape
     size = {"HEADS": min(4, triton.next_power_of_2(max(heads, 1))), "WIDTH": triton.next_power_of_2(max(D // 2, 1))}
     size["POSITIONS"] = max(1, 4096 // (size["HEADS"] * size["WIDTH"]))      # a thread has 8 columns of each half of 4 heads
-    programs = batch * triton.cdiv(positions, size["POSITIONS"]) * triton.cdiv(heads, size["HEADS"]) if x.numel() else 0
+    programs = batch * cdiv(positions, size["POSITIONS"]) * cdiv(heads, size["HEADS"]) if x.numel() else 0
     launch(_rope_kernel, programs, x, cos, sin, out, heads, positions, *x.stride()[:3], *out.stride()[:3],
            0 if cos.dim() == 2 else cos.stride(0), HALF=D // 2, BACK=back, **size, num_warps=4)
     return out
@@ -465,27 +471,38 @@ def flash_attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = Tr
 
 
 @jit
-def _document_ranges(ids, ranges, positions, GRAIN: tl.constexpr, CHUNK: tl.constexpr):
-    """For each GRAIN positions four numbers: the first position, and the one behind the last, whose ids lie between the least and the
-    greatest of theirs; and the same once more if all those positions have one single id, else an empty range."""
+def _document_bounds(ids, bounds, positions, GRAIN: tl.constexpr):
+    """The least and the greatest id of each GRAIN positions."""
     program, grains = tl.program_id(0), tl.cdiv(positions, GRAIN)
-    ids += (program // grains).to(tl.int64) * positions
-    own = tl.load(ids + tl.minimum(program % grains * GRAIN + tl.arange(0, GRAIN), positions - 1))
-    low, high = tl.min(own), tl.max(own)
-    first, end, count = positions, 0, 0
-    for start in range(0, positions, CHUNK):
+    at = program % grains * GRAIN + tl.arange(0, GRAIN)
+    own = tl.load(ids + (program // grains).to(tl.int64) * positions + tl.minimum(at, positions - 1))
+    tl.store(bounds + program.to(tl.int64) * 2, tl.min(own))
+    tl.store(bounds + program.to(tl.int64) * 2 + 1, tl.max(own))
+
+
+@jit
+def _document_ranges(bounds, ranges, grains, GRAIN: tl.constexpr, CHUNK: tl.constexpr):
+    """For each grain four numbers, in positions: where the first grain begins, and the last one ends, that may hold one of its ids; and the
+    same of the grains that hold nothing but its one id, if it has one only and they stand side by side, else an empty range."""
+    program = tl.program_id(0)
+    low, high = tl.load(bounds + program.to(tl.int64) * 2), tl.load(bounds + program.to(tl.int64) * 2 + 1)
+    bounds += (program // grains).to(tl.int64) * grains * 2
+    first, end, inner_first, inner_end, count = grains, 0, grains, 0, 0
+    for start in range(0, grains, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        id = tl.load(ids + at, mask=at < positions, other=0)
-        near = (at < positions) & (id >= low) & (id <= high)
-        first = tl.minimum(first, tl.min(tl.where(near, at, positions)))
-        end = tl.maximum(end, tl.max(tl.where(near, at + 1, 0)))
-        count += tl.sum(near.to(tl.int32))
-    alone = (low == high) & (count == end - first)
+        lows = tl.load(bounds + 2 * at, mask=at < grains, other=0)
+        highs = tl.load(bounds + 2 * at + 1, mask=at < grains, other=0)
+        near, same = (at < grains) & (lows <= high) & (highs >= low), (at < grains) & (lows == high) & (highs == low)
+        first, end = tl.minimum(first, tl.min(tl.where(near, at, grains))), tl.maximum(end, tl.max(tl.where(near, at + 1, 0)))
+        inner_first = tl.minimum(inner_first, tl.min(tl.where(same, at, grains)))
+        inner_end = tl.maximum(inner_end, tl.max(tl.where(same, at + 1, 0)))
+        count += tl.sum(same.to(tl.int32))
+    together = count == inner_end - inner_first
     ranges += program.to(tl.int64) * 4
-    tl.store(ranges, first)
-    tl.store(ranges + 1, end)
-    tl.store(ranges + 2, tl.where(alone, first, positions))
-    tl.store(ranges + 3, tl.where(alone, end, 0))
+    tl.store(ranges, first * GRAIN)
+    tl.store(ranges + 1, end * GRAIN)
+    tl.store(ranges + 2, tl.where(together, inner_first * GRAIN, grains * GRAIN))
+    tl.store(ranges + 3, tl.where(together, inner_end * GRAIN, 0))
 
 
 @jit
@@ -616,7 +633,7 @@ class Tuned:
             return [config(*tile) for tile in self.tiles[kind, options["BLOCK_D"]]]
 
         if self.tuner is None:
-            key = "BLOCK_D CAUSAL WINDOW CAP DOCUMENTS LENGTHS LONG".split()
+            key = "BLOCK_D CAUSAL WINDOW CAP DOCUMENTS LENGTHS SIZE".split()
             self.tuner = triton.autotune([config(*tile) for some in self.tiles.values() for tile in some], key,
                                          prune_configs_by={"early_config_prune": fitting})(self.kernel)
         return self.tuner
@@ -661,7 +678,7 @@ FORWARD_TILES = {
 def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                        o_batch, o_head, o_row, heads, groups, queries, keys, scale, cap, window,
                        D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-                       DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, LONG: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                       DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, SIZE: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """out and log-sum-exp of M queries of one head."""
     program, tiles = tl.program_id(0), tl.cdiv(queries, M)
     first = (tiles - 1 - program % tiles) * M                            # of causal ones the longest begin, so that the short ones fill up
@@ -730,7 +747,7 @@ def _attention_backward_q(q, k, v, out, g, dq, lse, delta, ids, ranges, lengths,
                           v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
                           heads, groups, queries, keys, scale, cap, window,
                           D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-                          DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, LONG: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                          DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, SIZE: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """dq of M queries of one head, and on the way their delta, which the other pass needs too."""
     program, tiles = tl.program_id(0), tl.cdiv(queries, M)
     first = (tiles - 1 - program % tiles) * M
@@ -804,7 +821,7 @@ def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths,
                            v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
                            heads, groups, queries, keys, scale, cap, window,
                            D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-                           DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, LONG: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                           DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, SIZE: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """dk and dv of N keys of one key-value head, summed over the query heads that share it."""
     program, tiles, key_heads = tl.program_id(0), tl.cdiv(keys, N), heads // groups
     first = program % tiles * N                                          # the first keys are seen by most queries
@@ -854,16 +871,22 @@ def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths,
 def _attention_options(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float, ids: Tensor | None, lengths: Tensor | None) -> dict:
     """What a kernel is compiled for: what is off leaves no trace in it."""
     return dict(D=q.shape[-1], BLOCK_D=max(16, triton.next_power_of_2(q.shape[-1])), CAUSAL=causal, WINDOW=window > 0, CAP=softcap > 0,
-                DOCUMENTS=ids is not None, LENGTHS=lengths is not None, LONG=k.shape[2] > 2048, GRAIN=16)
+                DOCUMENTS=ids is not None, LENGTHS=lengths is not None, SIZE=(k.shape[2] > 1024) + (k.shape[2] > 8192), GRAIN=16)
 
 
-def _ranges_of(ids: Tensor | None) -> Tensor | None:
-    """See `_document_ranges`: (B, S / GRAIN, 4)."""
-    if ids is None:
-        return None
-    ranges = ids.new_empty(len(ids), triton.cdiv(ids.shape[1], 16), 4, dtype=torch.int32)
-    launch(_document_ranges, ranges.numel() // 4, ids, ranges, ids.shape[1], GRAIN=16, CHUNK=1024)
+@operator
+def _ranges_of(ids: Tensor) -> Tensor:
+    """See `_document_ranges`: (B, S / GRAIN, 4). An operator of its own: a compiler makes them once for all layers."""
+    batch, grains = len(ids), cdiv(ids.shape[1], 16)
+    bounds, ranges = ids.new_empty(batch, grains, 2), ids.new_empty(batch, grains, 4, dtype=torch.int32)
+    launch(_document_bounds, batch * grains, ids, bounds, ids.shape[1], GRAIN=16, num_warps=1)
+    launch(_document_ranges, batch * grains, bounds, ranges, grains, GRAIN=16, CHUNK=256)
     return ranges
+
+
+@_ranges_of.register_fake
+def _(ids):
+    return ids.new_empty(len(ids), cdiv(ids.shape[1], 16), 4, dtype=torch.int32)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -872,52 +895,52 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 @operator
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, lengths: Tensor | None, causal: bool, scale: float, window: int,
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, ranges: Tensor | None, lengths: Tensor | None, causal: bool, scale: float, window: int,
                      softcap: float) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exps (B, Hq, S_q) in powers of two; a window or cap of 0 is none."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     out, lse = empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
-    launch(_attention_forward, lambda meta: (batch * heads * triton.cdiv(queries, meta["M"]),), q, k, v, out, lse, ids, _ranges_of(ids), lengths, *_strides(q, k, v, out), heads, heads // key_heads, queries, keys,
+    launch(_attention_forward, lambda meta: (batch * heads * cdiv(queries, meta["M"]),), q, k, v, out, lse, ids, ranges, lengths, *_strides(q, k, v, out), heads, heads // key_heads, queries, keys,
                              scale, softcap, window, **_attention_options(q, k, causal, window, softcap, ids, lengths))
     return out, lse
 
 
 @_flash_attention.register_fake
-def _(q, k, v, ids, lengths, causal, scale, window, softcap):
+def _(q, k, v, ids, ranges, lengths, causal, scale, window, softcap):
     return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @operator
-def _flash_attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor | None, lengths: Tensor | None,
-                              causal: bool, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor | None, ranges: Tensor | None,
+                              lengths: Tensor | None, causal: bool, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, of the gradient g of out."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
-    g, ranges, delta = rows_dense(g), _ranges_of(ids), torch.empty_like(lse)
+    g, delta = rows_dense(g), torch.empty_like(lse)
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     shared = heads, heads // key_heads, queries, keys, scale, softcap, window
     options = _attention_options(q, k, causal, window, softcap, ids, lengths)
     launch(
-        _attention_backward_q, lambda meta: (batch * heads * triton.cdiv(queries, meta["M"]),),
+        _attention_backward_q, lambda meta: (batch * heads * cdiv(queries, meta["M"]),),
         q, k, v, out, g, dq, lse, delta, ids, ranges, lengths, *_strides(q, k, v, out, g, dq), *shared, **options)
     launch(
-        _attention_backward_kv, lambda meta: (batch * key_heads * triton.cdiv(keys, meta["N"]),),
+        _attention_backward_kv, lambda meta: (batch * key_heads * cdiv(keys, meta["N"]),),
         q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths, *_strides(q, k, v, g, dk, dv), *shared, **options)
     return dq, dk, dv
 
 
 @_flash_attention_backward.register_fake
-def _(g, q, k, v, out, lse, ids, lengths, causal, scale, window, softcap):
+def _(g, q, k, v, out, lse, ids, ranges, lengths, causal, scale, window, softcap):
     return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, ids, lengths, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, ids, lengths)
+    q, k, v, ids, ranges, lengths, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, ids, ranges, lengths)
     ctx.set_materialize_grads(False)                                     # nobody differentiates the log-sum-exps
 
 
 def _attention_gradients(ctx, g, _):
-    return *_flash_attention_backward(g, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    return *_flash_attention_backward(g, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 _flash_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
@@ -942,16 +965,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
     check(name, q.dim() == k.dim() == v.dim() == 4, "q, k and v must be (B, heads, S, D)", **given)
     (batch, heads, queries, size), (_, key_heads, keys, _) = q.shape, k.shape
     check(name, k.shape == v.shape and k.shape[0] == batch and k.shape[3] == size, "batch, head size, and all of k and v must agree", **given)
-    check(name, key_heads > 0 and heads % key_heads == 0, f"{heads} query heads cannot share {key_heads} key-value heads evenly", **given)
-    check(name, queries <= keys, f"{queries} queries are more than {keys} keys; queries are the last positions of the keys'", **given)
-    check(name, 1 <= size <= (128 if fused(q) else math.inf), f"the head size is {size}, and kernels know 1 to 128; use flash_attention_reference", **given)
+    check(name, key_heads > 0 and heads % key_heads == 0, "query heads must be a multiple of key-value heads", **given)
+    check(name, queries <= keys, "there are more queries than keys, whose last positions they are", **given)
+    check(name, 1 <= size <= (128 if fused(q) else math.inf), "kernels know head sizes of 1 to 128; use flash_attention_reference", **given)
     check(name, scale is None or 0 < scale < math.inf, f"scale is {scale}; it must be positive", **given)
     check(name, window is None or window >= 1, f"window is {window}; it must be at least 1, a position's own", **given)
     check(name, softcap is None or 0 < softcap < math.inf, f"softcap is {softcap}; it must be positive", **given)
-    for key, shape in (("document_ids", (batch, keys)), ("key_lengths", (batch,))):
+    for key, shape, problem in (("document_ids", (batch, keys), "document_ids must be integers (B, S_k), int64 at most, on q's device"),
+                                ("key_lengths", (batch,), "key_lengths must be integers (B), int64 at most, on q's device")):
         numbers = given[key]
-        check(name, numbers is None or numbers.shape == shape and numbers.device == q.device and numbers.dtype in WHOLE,
-              f"{key} must be integers {tuple(shape)}, int64 at most, on q's device", **given)
+        check(name, numbers is None or numbers.shape == shape and numbers.device == q.device and numbers.dtype in WHOLE, problem, **given)
     if not fused(q) or q.numel() == 0 or k.numel() == 0:
         return flash_attention_reference(q, k, v, causal, scale, window, softcap, document_ids, key_lengths)
     if size % 16:                                                        # zeros change no score, and even rows are read 16 bytes at a time
@@ -959,7 +982,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
     whole = lambda t: t if t is None or t.dtype in (torch.int32, torch.int64) else t.to(torch.int32)
     ids, lengths = (None if t is None else whole(t).contiguous() for t in (document_ids, key_lengths))
     scale, window = size ** -0.5 if scale is None else scale, min(window or 0, keys)
-    out, _ = _flash_attention(rows_dense(q), rows_dense(k), rows_dense(v), ids, lengths, causal, float(scale), window, float(softcap or 0))
+    ranges = None if ids is None else _ranges_of(ids)
+    out, _ = _flash_attention(rows_dense(q), rows_dense(k), rows_dense(v), ids, ranges, lengths, causal, float(scale), window, float(softcap or 0))
     return out[..., :size]
 
 
@@ -968,7 +992,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
 #
 # The logits are by far the largest tensor of a training step: for 32,768 positions and a vocabulary of 128,256 in bfloat16 8.4 GB, and
 # as much again for their gradients. Yet the gradient of a position's loss by its logits, softmax(z) - onehot(target), is at hand as
-# soon as its logits are. So positions go through the head a sixteenth at a time: a product makes their logits, a kernel turns these in
+# soon as its logits are. So positions go through the head a twelfth at a time: a product makes their logits, a kernel turns these in
 # place into gradients, two more products make those of hidden and weight, and the next chunk takes the same memory (in one piece:
 # Wijmans et al. 2024, arXiv 2411.09009; in chunks, with the gradients made in the forward pass: Hsu et al. 2024, arXiv 2410.10989).
 # That is three products, as many as the plain version has. The products of chunks by hidden and weight are the library's; the one
@@ -1072,22 +1096,23 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor):
         total.addmm_(a.T, b)
         return
     (depth, rows), columns = a.shape, b.shape[1]
-    m, n, k = (32, 32, 16) if INTERPRETED else (128, 256, 64)
-    launch(_add_product, triton.cdiv(rows, m) * triton.cdiv(columns, n), total, a, b, rows, columns, depth, a.stride(0), b.stride(0), M=m, N=n, K=k,
-                                                                    num_warps=8, num_stages=3)
+    m, n, k = (32, 32, 16) if INTERPRETED else (128, 128, 64)            # two blocks on a multiprocessor: one loads while the other multiplies
+    launch(_add_product, cdiv(rows, m) * cdiv(columns, n), total, a, b, rows, columns, depth, a.stride(0), b.stride(0), M=m, N=n, K=k,
+                                                                    num_warps=4, num_stages=3)
 
 
 def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, pull: Tensor | None = None,
-                  push: Tensor | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x (N, hidden_size) and weight (V, hidden_size): log-sum-exp and target's logit of each position (N), and with pull and push (N)
+                  push: Tensor | None = None, z_loss: float = 0.0, for_x: bool = False, for_weight: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x (N, hidden_size) and weight (V, hidden_size): log-sum-exp and target's logit of each position (N), and for those that want it
     what gradients pull · (1 + 2 z_loss lse) · softmax + push · onehot of the logits give to x and, in float32, to weight."""
     w, (count, vocabulary) = weight.to(dtype), (len(x), len(weight))
-    rows = min(count, max(512, 64 * triton.cdiv(count, 1024)))           # a sixteenth of the positions, or 512
-    padded = 64 * triton.cdiv(vocabulary, 64)
+    rows = min(count, max(512, 64 * cdiv(count, 768)))                   # a twelfth of the positions, or 512
+    padded = 64 * cdiv(vocabulary, 64)
     logits = x.new_empty(rows, padded, dtype=dtype)
     lse, target_logit = x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
-    gradient = pull is not None
-    dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if gradient else (x.new_empty(0), x.new_empty(0, dtype=torch.float32))
+    gradient = for_x or for_weight
+    dx = torch.empty_like(x) if for_x else x.new_empty(0)
+    dw = torch.zeros_like(weight, dtype=torch.float32) if for_weight else x.new_empty(0, dtype=torch.float32)
     for i in range(0, count, rows):
         part, n = slice(i, i + rows), min(rows, count - i)
         x_part, z = x[part].to(dtype), logits[:n, :vocabulary]
@@ -1095,44 +1120,45 @@ def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dt
         launch(_cross_entropy, n, z, targets[part], lse[part], target_logit[part], pull[part] if gradient else None, push[part] if gradient else None,
                              padded, vocabulary, softcap, z_loss, CAP=softcap > 0, GRADIENT=gradient, LANES=16 if INTERPRETED else 512,
                              num_warps=16)
-        if gradient:
+        if for_x:
             dx[part] = z @ w
+        if for_weight:
             add_product_(dw, z, x_part)
     return lse, target_logit, dx, dw
 
 
 @operator
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float, z_loss: float, dtype: torch.dtype,
-                          backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss, one over the number of targets that count, and with `backward` the gradients of the sum of losses, which keep their
-    digits in float16 until they meet the factor that loss scaling puts behind the mean."""
+                          for_x: bool, for_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mean loss, one over the number of targets that count, and the gradients of the sum of losses (empty where not wanted), which keep
+    their digits in float16 until they meet the factor that loss scaling puts behind the mean."""
     counted = targets != ignore_index
     count = counted.sum(dtype=torch.float32)
     # a target outside the vocabulary makes everything NaN that it would have touched
     pull = counted.float().masked_fill(counted & ((targets < 0) | (targets >= len(weight))), float("nan"))
-    lse, target_logit, dx, dw = _through_head(x, weight, targets, softcap, dtype, *(pull, -pull) if backward else (), z_loss=z_loss)
+    lse, target_logit, dx, dw = _through_head(x, weight, targets, softcap, dtype, pull, -pull, z_loss, for_x, for_weight)
     losses = pull * (lse - target_logit + z_loss * lse.square())
     return losses.where(counted, 0).sum() / count, 1 / count.clamp(min=1), dx, dw
 
 
 @_linear_cross_entropy.register_fake
-def _(x, weight, targets, ignore_index, softcap, z_loss, dtype, backward):
-    scalar = lambda: x.new_empty((), dtype=torch.float32)
-    if not backward:
-        return scalar(), scalar(), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
-    return scalar(), scalar(), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+def _(x, weight, targets, ignore_index, softcap, z_loss, dtype, for_x, for_weight):
+    scalar, empty = lambda: x.new_empty((), dtype=torch.float32), lambda dtype: x.new_empty(0, dtype=dtype)
+    return (scalar(), scalar(), torch.empty_like(x) if for_x else empty(x.dtype),
+            torch.empty_like(weight, dtype=torch.float32) if for_weight else empty(torch.float32))
 
 
 def _loss_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[1].dtype
+    ctx.dtype, ctx.wanted = inputs[1].dtype, inputs[-2:]
     ctx.set_materialize_grads(False)                                     # or autograd makes zeros as gradients of dx and dw
 
 
 def _loss_gradients(ctx, g, *_):
     share, dx, dw = ctx.saved_tensors
     # in place: they are large, and wanted once (autograd notices a second time)
-    return dx.mul_(g * share), dw.mul_(g * share).to(ctx.dtype), *[None] * 6
+    dx, dw = (t.detach().mul_(g * share) if wanted else None for t, wanted in zip((dx, dw), ctx.wanted))
+    return dx, dw if dw is None else dw.to(ctx.dtype), *[None] * 7
 
 
 _linear_cross_entropy.register_autograd(_loss_gradients, setup_context=_loss_context)
@@ -1151,7 +1177,7 @@ def _(x, weight, targets, softcap, dtype):
 @operator
 def _linear_logsumexp_backward(x: Tensor, weight: Tensor, targets: Tensor, g_lse: Tensor, g_target: Tensor, softcap: float,
                                dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dx, dw = _through_head(x, weight, targets, softcap, dtype, g_lse.contiguous(), g_target.contiguous())[2:]
+    dx, dw = _through_head(x, weight, targets, softcap, dtype, g_lse.contiguous(), g_target.contiguous(), 0.0, True, True)[2:]
     return dx, dw.to(weight.dtype)
 
 
@@ -1191,15 +1217,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     """Mean of -log softmax(hidden @ weight.T)[target] in nats over the targets that are not `ignore_index`, plus z_loss times the mean of
     logsumexp² (Chowdhery et al. 2022, arXiv 2204.02311); with `softcap` logits z count as softcap · tanh(z / softcap).
 
-    hidden (..., hidden_size), weight (V, hidden_size), targets (...) of int64 or int32. The logits are there for a sixteenth of the positions
+    hidden (..., hidden_size), weight (V, hidden_size), targets (...) of int64 or int32. The logits are there for a twelfth of the positions
     at a time (at least 512); products run in autocast's dtype where it is on, sums in float32. Both gradients are made in the forward
-    pass. NaN if no target counts, and NaN, with NaN gradients, if one lies outside the vocabulary. ValueError for what does not fit."""
+    pass, so that it can be differentiated once (retain_graph does not help). NaN if no target counts, and NaN, with NaN gradients, if one lies outside the vocabulary. ValueError for what does not fit."""
     _check_head("linear_cross_entropy", hidden, weight, targets, softcap)
     if not fused(hidden) or hidden.numel() == 0:
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index, softcap, z_loss)
-    backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     x, y = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
-    return _linear_cross_entropy(x, weight.contiguous(), y, ignore_index, float(softcap or 0), float(z_loss), autocast_dtype(weight), backward)[0]
+    return _linear_cross_entropy(x, weight.contiguous(), y, ignore_index, float(softcap or 0), float(z_loss), autocast_dtype(weight), *wanted)[0]
 
 
 def linear_logsumexp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -1243,13 +1269,18 @@ def _check_adamw(params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, s
     lengths = [len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, steps)]
     if len(set(lengths)) != 1:
         raise ValueError(f"adamw_step: params, grads, exp_avgs, exp_avg_sqs and steps must be of one length; given {lengths}")
+    check("adamw_step", skip is None or not params or skip.dtype == torch.bool and skip.dim() == 0 and skip.device == params[0].device,
+          "skip must be a bool without dimensions, on the parameters' device", **({} if skip is None else {"skip": skip, "param": (*params, skip)[0]}))
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
-        named = dict(param=p, grad=g, exp_avg=m, exp_avg_sq=v, step=step) | ({} if skip is None else {"skip": skip})
+        if (p.shape == g.shape == m.shape == v.shape and p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+                and p.dtype in FLOATS and g.dtype in FLOATS and m.dtype == v.dtype == step.dtype == torch.float32 and step.dim() == 0
+                and params[0].device == p.device == g.device == m.device == v.device == step.device):
+            continue                                                     # as nearly always: the host has hundreds to look at
+        named = dict(param=p, grad=g, exp_avg=m, exp_avg_sq=v, step=step)
         good = (all(t.device == params[0].device for t in named.values()) and p.dtype in FLOATS and g.dtype in FLOATS
-                and m.dtype == v.dtype == step.dtype == torch.float32 and p.shape == g.shape == m.shape == v.shape
-                and step.dim() == 0 and (skip is None or skip.dtype == torch.bool and skip.dim() == 0))
-        check("adamw_step", good, "give param, grad (floats), exp_avg and exp_avg_sq (float32) of one shape, step (float32) "
-              "and skip (bool) without dimensions, all lists on one device", **named)
+                and m.dtype == v.dtype == step.dtype == torch.float32 and p.shape == g.shape == m.shape == v.shape and step.dim() == 0)
+        check("adamw_step", good, "give param, grad (floats), exp_avg and exp_avg_sq (float32) of one shape, and step (float32) without "
+              "dimensions, all lists on one device", **named)
         if not all(t.is_contiguous() for t in (p, g, m, v)):
             dense = p.permute(sorted(range(p.dim()), key=p.stride, reverse=True)).is_contiguous()
             if not (dense and p.stride() == g.stride() == m.stride() == v.stride()):
@@ -1289,7 +1320,7 @@ def _adamw_kernel(table, owners, rates, skip, new_m, new_v, eps, keep, P: tl.con
 def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
                steps: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
                skip: Tensor | None = None):
-    """One step of AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) for all tensors, in _place: a launch for those of the
+    """One step of AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) for all tensors, in place: a launch for those of the
     same dtypes, one more for those of odd addresses or sizes. Parameters and gradients in float32, bfloat16 or float16, moments
     in float32; `steps`, of no dimension, in float32, are counted here. Where `skip`, a boolean on the device, is true nothing
     changes, steps included, whatever the gradients are. The host waits for nothing. ValueError for shapes, strides, dtypes or
@@ -1305,7 +1336,7 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
     groups = defaultdict(list)
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         row = [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()]
-        groups[p.dtype, g.dtype, all(number % 16 == 0 for number in row)].append(row + [i, triton.cdiv(p.numel(), 4096)])
+        groups[p.dtype, g.dtype, all(number % 16 == 0 for number in row)].append(row + [i, cdiv(p.numel(), 4096)])
     for (p_dtype, g_dtype, aligned), rows in groups.items():
         ends = itertools.accumulate(row[-1] for row in rows)
         rows = [(*row, end - row[-1]) for row, end in zip(rows, ends)]
@@ -1316,7 +1347,7 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
         owners = torch.repeat_interleave(table[:, 6], output_size=programs)
         launch(_adamw_kernel, programs, table, owners, rates, skip, 1.0 - beta1, 1.0 - beta2, float(eps), 1.0 - lr * weight_decay,
                P=getattr(tl, str(p_dtype)[6:]), G=getattr(tl, str(g_dtype)[6:]), ALIGNED=aligned, CHUNK=4096, num_warps=8)
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])     # as in-_place operations of PyTorch do
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])     # as in-place operations of PyTorch do
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1338,20 +1369,22 @@ def errors_of(function, twin, tensors: list[Tensor], **options) -> tuple[float, 
     return relative_error(out, expected), max((relative_error(a, b) for a, b in pairs), key=lambda e: (math.isnan(e), e))
 
 
-def error_cases(device: torch.device, dtype: torch.dtype):
-    """(kernel, case, function, twin, tensors, options), of sizes that divide nothing; on a GPU larger ones."""
+def error_cases(device: torch.device, dtype: torch.dtype, brief: bool):
+    """(kernel, case, function, twin, tensors, options), of sizes that divide nothing; on a GPU larger ones. Brief: of attention, for each of
+    whose cases there is much to compile, the first and the last."""
     gpu = device.type == "cuda"
     S, D, N, V = (1000, 64, 1500, 5001) if gpu else (75, 24, 70, 201)
     random = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
     heads = lambda h, s, d=D: random(2, s, h, d).transpose(1, 2)                     # as the model has them
     documents = (torch.arange(S, device=device) // (S // 3)).expand(2, S)
     lengths = torch.tensor([S, S // 2], device=device)
-    for case, (h, kv, s, d), options in (
+    cases = (
             ("causal", (2, 2, S, D), {}), ("all positions", (2, 2, S, D), {"causal": False}), ("grouped heads", (4, 2, S, D), {}),
             ("the last queries", (2, 1, S // 3, D), {}), ("one query", (2, 1, 1, D), {}), ("head of 128", (1, 1, S, 128), {}),
             ("window", (2, 1, S, D), {"window": S // 4}), ("capped", (2, 1, S, D), {"softcap": 2.0}),
             ("documents", (2, 1, S, D), {"document_ids": documents}), ("lengths", (2, 1, S, D), {"key_lengths": lengths}),
-            ("everything", (4, 2, S - 9, D), {"window": S // 2, "softcap": 5.0, "document_ids": documents, "key_lengths": lengths, "scale": 0.3})):
+            ("everything", (4, 2, S - 9, D), {"window": S // 2, "softcap": 5.0, "document_ids": documents, "key_lengths": lengths, "scale": 0.3}))
+    for case, (h, kv, s, d), options in (cases[0], cases[-1]) if brief else cases:
         yield "flash_attention", case, flash_attention, flash_attention_reference, [heads(h, s, d), heads(kv, S, d), heads(kv, S, d)], options
     targets = torch.randint(V, (N,), device=device).where(torch.rand(N, device=device) > 0.2, -100)
     for case, options in (("mean loss", {}), ("capped, z-loss", {"softcap": 3.0, "z_loss": 0.01})):
@@ -1384,19 +1417,21 @@ def adamw_error(device: torch.device, dtype: torch.dtype) -> float:
     return max(relative_error(p - first, e.detach() - first) for p, e, first in zip(ours, exact, start))
 
 
-def errors_command(device: torch.device) -> dict:
-    """A table of errors, and its rows. bfloat16 products come out wrong in the interpreter, so that a CPU checks the other two."""
+def errors_command(device: torch.device, brief: bool = False) -> dict:
+    """A table of errors, and its rows. bfloat16 products come out wrong in the interpreter, so that a CPU checks the other two. `brief`: see
+    `error_cases`, which is so for all dtypes but the first in any case."""
     torch.manual_seed(0)
     warnings.simplefilter("ignore", RuntimeWarning)                      # NumPy's, of what the interpreter computes and then masks
-    dtypes = FLOATS if device.type == "cuda" else (torch.float32, torch.float16)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32, torch.float16)
     rows = [{"kernel": kernel, "case": case, "dtype": str(dtype)[6:], **dict(zip(("forward", "gradients"), errors_of(function, twin, tensors, **options)))}
-            for dtype in dtypes for kernel, case, function, twin, tensors, options in tqdm_of([*error_cases(device, dtype)], "kernels")]
+            for dtype in dtypes for kernel, case, function, twin, tensors, options in tqdm_of([*error_cases(device, dtype, brief or dtype != dtypes[0])], "kernels")]
     rows += [{"kernel": "adamw_step", "case": "three steps", "dtype": str(dtype)[6:], "forward": adamw_error(device, dtype), "gradients": None} for dtype in dtypes]
     print(f"errors against float64, ‖ours - exact‖ / ‖exact‖ ({'on ' + torch.cuda.get_device_name() if device.type == 'cuda' else 'interpreted on the CPU'})")
     cases, shown = {}, lambda error: "-" if error is None else f"{error:.1e}"
     for row in rows:
-        cases.setdefault((row["kernel"], row["case"]), []).append(f"{shown(row['forward'])}  {shown(row['gradients'])}")
-    print_table([["kernel", "case", *(f"{str(dtype)[6:]}: forward, gradients" for dtype in dtypes)]] + [[*key, *cells] for key, cells in cases.items()])
+        cases.setdefault((row["kernel"], row["case"]), {})[row["dtype"]] = f"{shown(row['forward'])}  {shown(row['gradients'])}"
+    print_table([["kernel", "case", *(f"{str(dtype)[6:]}: forward, gradients" for dtype in dtypes)]] + [
+        [*key, *(cells.get(str(dtype)[6:], "") for dtype in dtypes)] for key, cells in cases.items()])
     return {"errors": rows}
 
 
@@ -1413,20 +1448,21 @@ def compile_jobs() -> list:
         q, out = (meta(2, 4096, 16, size, dtype=dtype).transpose(1, 2) for _ in range(2))
         k, lse = meta(2, 4096, 4, size, dtype=dtype).transpose(1, 2), meta(2, 16, 4096, dtype=torch.float32)
         ids, lengths, window, cap = (meta(2, 4096, dtype=torch.int64), meta(2, dtype=torch.int64), 1024, 50.0) if rich else (None, None, 0, 0.0)
-        jobs.append((what, lambda: _flash_attention.plain(q, k, k, ids, lengths, True, size ** -0.5, window, cap)))
-        jobs.append((what, lambda: _flash_attention_backward.plain(out, q, k, k, out, lse, ids, lengths, True, size ** -0.5, window, cap)))
+        ranges = meta(2, 256, 4, dtype=torch.int32) if rich else None
+        jobs.append((what, lambda: _flash_attention.plain(q, k, k, ids, ranges, lengths, True, size ** -0.5, window, cap)))
+        jobs.append((what, lambda: _flash_attention_backward.plain(out, q, k, k, out, lse, ids, ranges, lengths, True, size ** -0.5, window, cap)))
 
     for size in (16, 32, 64, 128):
         attention(f"bfloat16, D {size}, causal", torch.bfloat16, size, False)
         attention(f"bfloat16, D {size}, everything on", torch.bfloat16, size, True)
         attention(f"float32, D {size}, everything on", torch.float32, size, True)
-    attention("bfloat16, D 80, causal", torch.bfloat16, 80, False)
-    attention("float16, D 64, causal", torch.float16, 64, False)
+
+    jobs.append(("int64", lambda: _ranges_of.plain(meta(2, 4096, dtype=torch.int64))))
 
     def head(what, dtype, vocabulary, gradient, cap, z_loss):
         x, weight, targets = meta(512, 4096, dtype=dtype), meta(vocabulary, 4096, dtype=dtype), meta(512, dtype=torch.int64)
         pull = meta(512, dtype=torch.float32) if gradient else None
-        jobs.append((what, lambda: _through_head(x, weight, targets, cap, dtype, pull, pull, z_loss)))
+        jobs.append((what, lambda: _through_head(x, weight, targets, cap, dtype, pull, pull, z_loss, gradient, gradient)))
 
     head("bfloat16, V 128,256", torch.bfloat16, 128_256, True, 0.0, 0.0)
     head("bfloat16, V 50,257, capped, z-loss", torch.bfloat16, 50_257, True, 30.0, 1e-4)
@@ -1457,7 +1493,8 @@ def pretend_h100():
 
 def describe(kernel, what: str) -> dict:
     """What a compiled kernel needs, as cuobjdump has it, and by which instructions it multiplies matrices."""
-    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    names = kernel.src.fn.arg_names                                      # Triton 3.2 knows constants by name, later ones by position
+    constants = {path if isinstance(path, str) else names[path[0]]: value for path, value in kernel.src.constants.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -1498,27 +1535,28 @@ def compile_command() -> dict:
 # ------------------------------------------------------------------------------------------------------------------
 # On a GPU: times
 
-def unless_missing(work):
-    """work(), or None if memory does not suffice, or PyTorch has no such kernel."""
+def unless_missing(work, peer: bool = False):
+    """work(), or None if memory does not suffice, and from a peer whatever ails it, which is said."""
     try:
         return work()
     except torch.OutOfMemoryError:
         return None
-    except RuntimeError as error:
-        if "No available kernel" not in str(error):
+    except Exception as error:
+        if not peer:
             raise
+        print(f"left out: {str(error).strip().splitlines()[0]:.120}", file=sys.stderr)
         return None
 
 
-def milliseconds(work, repeat: int = 50) -> float | None:
+def milliseconds(work, repeat: int = 50, peer: bool = False) -> float | None:
     """Median time of work() on the device, warm, the cache flushed before each run; None for None, and for what does not fit."""
-    return work and unless_missing(lambda: triton.testing.do_bench(work, warmup=20, rep=repeat, return_mode="median"))
+    return work and unless_missing(lambda: triton.testing.do_bench(work, warmup=20, rep=repeat, return_mode="median"), peer)
 
 
 def in_turns(contenders: dict, rounds: int = 3) -> dict:
     """Median milliseconds of each contender, and how often ours fits into it: the median of ratios within a round, in which all have
     their turn."""
-    times = [{name: milliseconds(work) for name, work in contenders.items()} for _ in range(rounds)]
+    times = [{name: milliseconds(work, peer=name != "ours") for name, work in contenders.items()} for _ in range(rounds)]
     median = lambda values: sorted(values)[len(values) // 2] if None not in values else None
     ours = next(iter(contenders))
     return {name: {"milliseconds": median([t[name] for t in times]),
@@ -1530,7 +1568,7 @@ def peak_bytes(work) -> int | None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    done = work and unless_missing(lambda: (work(), True)[1])
+    done = work and unless_missing(lambda: (work(), True)[1], peer=True)
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     return peak if done else None
@@ -1626,10 +1664,11 @@ def times_command() -> dict:
     """A table of times beside PyTorch's, and its rows."""
     top, rows = ceilings(), []
     for kernel, case, way, function, peers, tensors, operations, size in tqdm_of(time_cases(), "measured", 11):
-        contenders = {name: unless_missing(lambda: way(f, tensors)) for name, f in {"ours": function, **peers}.items()}
+        contenders = {name: unless_missing(lambda: way(f, tensors), name != "ours") for name, f in {"ours": function, **peers}.items()}
         row = {"kernel": kernel, "case": case, "way": way.__name__, "operations": operations, "bytes": size, **in_turns(contenders)}
         if kernel == "linear_cross_entropy":
-            row["peak_bytes"] = {name: peak_bytes(work) for name, work in contenders.items()}
+            gradients = sum(t.numel() * t.element_size() for t in tensors)                           # which every version hands out
+            row["peak_bytes"] = {name: work and (peak_bytes(work) or 0) - gradients for name, work in contenders.items()}
         rows.append(row)
         del contenders, tensors, peers, function
     rows.append({"kernel": "adamw_step", "case": "10⁹ float32 parameters, 304 tensors", "way": "one step", "operations": None} | adamw_times())
@@ -1647,8 +1686,8 @@ def times_command() -> dict:
     print_table(lines)
     for row in rows:
         if "peak_bytes" in row:
-            print(f"{row['kernel']}: memory at the peak, beyond the inputs: " + ", ".join(
-                f"{name} {'out of memory' if size is None else f'{size / 1e9:.2f} GB'}" for name, size in row["peak_bytes"].items()))
+            print(f"{row['kernel']}: memory at the peak, beyond inputs and gradients: " + ", ".join(
+                f"{name} {f'{size / 1e9:.2f} GB' if size and size > 0 else 'out of memory'}" for name, size in row["peak_bytes"].items()))
     return {"times": rows, "ceilings": top}
 
 
@@ -1729,23 +1768,23 @@ def main():
         gpu = torch.cuda.is_available() and not INTERPRETED
         if args.command in ("times", "sweep") and not gpu:
             raise ValueError(f"{args.command} needs a GPU" + (", and no TRITON_INTERPRET" if INTERPRETED else "; `errors` and `compile` do without"))
-        device, results = torch.device("cuda" if gpu else "cpu"), {}
+        device = torch.device("cuda" if gpu else "cpu")
+        results = {"machine": {"gpu": torch.cuda.get_device_name() if gpu else None, "torch": torch.__version__, "triton": triton.__version__}}
         for command in [args.command] if args.command else ["errors", "times"] if gpu else ["errors", "compile"]:
             if command == "errors" and not gpu and not INTERPRETED or command == "compile" and INTERPRETED:
-                results |= elsewhere(command, interpret=command == "errors")
+                results[command] = elsewhere(command, interpret=command == "errors")[command]
             elif command == "errors":
-                results |= errors_command(device)
+                results |= errors_command(device, brief=gpu and not args.command)
             else:
                 results |= {"compile": compile_command, "times": times_command, "sweep": sweep_command}[command]()
-        if args.json:
-            machine = {"gpu": torch.cuda.get_device_name() if gpu else None, "torch": torch.__version__, "triton": triton.__version__}
-            temporary = Path(f"{args.json}.tmp.{os.getpid()}")
-            temporary.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
-            temporary.replace(args.json)
+            if args.json:                                                # after each part, as one may be stopped
+                temporary = Path(f"{args.json}.tmp.{os.getpid()}")
+                temporary.write_text(json.dumps(results, indent=1) + "\n")
+                temporary.replace(args.json)
     except (ValueError, OSError) as error:
         parser.exit(2, f"kernels.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "kernels.py: interrupted; nothing was written\n")
+        parser.exit(130, "kernels.py: interrupted" + (f"; {args.json} has the parts that were done" if args.json else "") + "\n")
 
 
 if __name__ == "__main__":

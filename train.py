@@ -948,8 +948,10 @@ def operations(choice: str | None, device: torch.device) -> Ops | None:
     if choice == "triton" and not able:
         raise ValueError(f"--kernels triton needs a GPU and the package triton, and this runs on {device.type}"
                          + (" without it" if kernels.triton is None else "") + "; take --kernels torch")
-    if choice == "torch" or choice is None and not (able and device.type == "cuda"):
+    if choice == "torch":
         return None
+    if choice is None and not (able and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        return None                                                      # for older GPUs these kernels take minutes to compile
 
     def attend(q, k, v, **options):
         return (kernels.flash_attention if q.shape[-1] <= 128 else attention)(q, k, v, **options)      # which knows no larger heads

@@ -126,7 +126,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def operator(function):
-    """`function` as an operator of PyTorch's library: one node for torch.compile, which does not look into it. `.plain` is the function itself."""
+    """`function` as an operator of PyTorch's library: one node for torch.compile, which does not look into it; `.plain` is the function."""
     definition = torch.library.custom_op(f"flatlm::{function.__name__.strip('_')}", function, mutates_args=())
     definition.plain = function
     return definition
@@ -895,13 +895,14 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 @operator
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, ranges: Tensor | None, lengths: Tensor | None, causal: bool, scale: float, window: int,
-                     softcap: float) -> tuple[Tensor, Tensor]:
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, ranges: Tensor | None, lengths: Tensor | None, causal: bool,
+                     scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exps (B, Hq, S_q) in powers of two; a window or cap of 0 is none."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     out, lse = empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
-    launch(_attention_forward, lambda meta: (batch * heads * cdiv(queries, meta["M"]),), q, k, v, out, lse, ids, ranges, lengths, *_strides(q, k, v, out), heads, heads // key_heads, queries, keys,
-                             scale, softcap, window, **_attention_options(q, k, causal, window, softcap, ids, lengths))
+    launch(_attention_forward, lambda meta: (batch * heads * cdiv(queries, meta["M"]),), q, k, v, out, lse, ids, ranges, lengths,
+           *_strides(q, k, v, out), heads, heads // key_heads, queries, keys, scale, softcap, window,
+           **_attention_options(q, k, causal, window, softcap, ids, lengths))
     return out, lse
 
 
@@ -919,12 +920,10 @@ def _flash_attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: T
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     shared = heads, heads // key_heads, queries, keys, scale, softcap, window
     options = _attention_options(q, k, causal, window, softcap, ids, lengths)
-    launch(
-        _attention_backward_q, lambda meta: (batch * heads * cdiv(queries, meta["M"]),),
-        q, k, v, out, g, dq, lse, delta, ids, ranges, lengths, *_strides(q, k, v, out, g, dq), *shared, **options)
-    launch(
-        _attention_backward_kv, lambda meta: (batch * key_heads * cdiv(keys, meta["N"]),),
-        q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths, *_strides(q, k, v, g, dk, dv), *shared, **options)
+    launch(_attention_backward_q, lambda meta: (batch * heads * cdiv(queries, meta["M"]),), q, k, v, out, g, dq, lse, delta, ids,
+           ranges, lengths, *_strides(q, k, v, out, g, dq), *shared, **options)
+    launch(_attention_backward_kv, lambda meta: (batch * key_heads * cdiv(keys, meta["N"]),), q, k, v, g, dk, dv, lse, delta, ids,
+           ranges, lengths, *_strides(q, k, v, g, dk, dv), *shared, **options)
     return dq, dk, dv
 
 
@@ -1098,11 +1097,11 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor):
     (depth, rows), columns = a.shape, b.shape[1]
     m, n, k = (32, 32, 16) if INTERPRETED else (128, 128, 64)            # two blocks on a multiprocessor: one loads while the other multiplies
     launch(_add_product, cdiv(rows, m) * cdiv(columns, n), total, a, b, rows, columns, depth, a.stride(0), b.stride(0), M=m, N=n, K=k,
-                                                                    num_warps=4, num_stages=3)
+           num_warps=4, num_stages=3)
 
 
 def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, pull: Tensor | None = None,
-                  push: Tensor | None = None, z_loss: float = 0.0, for_x: bool = False, for_weight: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                  push: Tensor | None = None, z_loss: float = 0.0, for_x: bool = False, for_weight: bool = False) -> tuple[Tensor, ...]:
     """Of x (N, hidden_size) and weight (V, hidden_size): log-sum-exp and target's logit of each position (N), and for those that want it
     what gradients pull · (1 + 2 z_loss lse) · softmax + push · onehot of the logits give to x and, in float32, to weight."""
     w, (count, vocabulary) = weight.to(dtype), (len(x), len(weight))
@@ -1117,9 +1116,9 @@ def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dt
         part, n = slice(i, i + rows), min(rows, count - i)
         x_part, z = x[part].to(dtype), logits[:n, :vocabulary]
         torch.mm(x_part, w.T, out=z)
-        launch(_cross_entropy, n, z, targets[part], lse[part], target_logit[part], pull[part] if gradient else None, push[part] if gradient else None,
-                             padded, vocabulary, softcap, z_loss, CAP=softcap > 0, GRADIENT=gradient, LANES=16 if INTERPRETED else 512,
-                             num_warps=16)
+        pulls = (pull[part], push[part]) if gradient else (None, None)
+        launch(_cross_entropy, n, z, targets[part], lse[part], target_logit[part], *pulls, padded, vocabulary, softcap, z_loss,
+               CAP=softcap > 0, GRADIENT=gradient, LANES=16 if INTERPRETED else 512, num_warps=16)
         if for_x:
             dx[part] = z @ w
         if for_weight:
@@ -1154,10 +1153,19 @@ def _loss_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)                                     # or autograd makes zeros as gradients of dx and dw
 
 
+def _scale_(t: Tensor, factor: Tensor) -> Tensor:
+    """t *= factor, a float32 number on the device. (It would be rounded to bfloat16 itself, were it multiplied by a tensor of that.)"""
+    if t.dtype == torch.float32:
+        return t.mul_(factor)
+    for part in t.split(4096):
+        part.copy_(part.float() * factor)
+    return t
+
+
 def _loss_gradients(ctx, g, *_):
     share, dx, dw = ctx.saved_tensors
     # in place: they are large, and wanted once (autograd notices a second time)
-    dx, dw = (t.detach().mul_(g * share) if wanted else None for t, wanted in zip((dx, dw), ctx.wanted))
+    dx, dw = (_scale_(t.detach(), g * share) if wanted else None for t, wanted in zip((dx, dw), ctx.wanted))
     return dx, dw if dw is None else dw.to(ctx.dtype), *[None] * 7
 
 
@@ -1202,7 +1210,8 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, soft
     """ValueError for what does not fit together."""
     given = dict(hidden=hidden, weight=weight, targets=targets)
     check(name, hidden.device == weight.device == targets.device, "all tensors must be on one device", **given)
-    check(name, weight.dim() == 2 and len(weight) > 0 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1], "hidden (..., size) and weight (V, size) do not fit", **given)
+    fits = weight.dim() == 2 and len(weight) > 0 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1]
+    check(name, fits, "hidden must be (..., hidden_size), and weight (V, hidden_size) with V at least 1", **given)
     check(name, targets.shape == hidden.shape[:-1], "there must be one target for each position of hidden", **given)
     check(name, targets.dtype in (torch.int32, torch.int64), "targets must be int64 or int32", **given)
     mixed = hidden.dtype != weight.dtype and not autocasts(hidden)
@@ -1219,7 +1228,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden (..., hidden_size), weight (V, hidden_size), targets (...) of int64 or int32. The logits are there for a twelfth of the positions
     at a time (at least 512); products run in autocast's dtype where it is on, sums in float32. Both gradients are made in the forward
-    pass, so that it can be differentiated once (retain_graph does not help). NaN if no target counts, and NaN, with NaN gradients, if one lies outside the vocabulary. ValueError for what does not fit."""
+    pass, and handed out once: a second backward pass raises, whatever retain_graph says. NaN if no target counts, and NaN, with NaN
+    gradients, if one lies outside the vocabulary. ValueError for what does not fit."""
     _check_head("linear_cross_entropy", hidden, weight, targets, softcap)
     if not fused(hidden) or hidden.numel() == 0:
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index, softcap, z_loss)

@@ -5465,7 +5465,7 @@ def test_linear_cross_entropy_takes_an_eighth_of_the_plain_version_s_memory_at_a
 
     def through_head():                                                      # what the operator does within, which autograd's run below leaves out
         with torch.no_grad():
-            return kernels._through_head(hidden, weight, targets, 0.0, torch.bfloat16, pull, pull)
+            return kernels._through_head(hidden, weight, targets, 0.0, torch.bfloat16, pull, pull, 0.0, True, True)
 
     pull, gradients = make(positions, dtype=torch.float32), hidden.nbytes + weight.nbytes
     around = lambda: torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets), (hidden, weight))
@@ -5572,7 +5572,7 @@ def test_bad_input_to_attention_is_one_error_that_names_it_and_the_shapes():
 def test_bad_input_to_the_loss_is_one_error_that_names_it_and_the_shapes(function):
     hidden, weight, targets = torch.randn(2, 3, 8), torch.randn(5, 8), torch.zeros(2, 3, dtype=torch.long)
     cases = [("on one device", (hidden, weight, targets.to("meta")), {}), ("on one device", (hidden, weight.to("meta"), targets), {}),
-             ("do not fit", (hidden, weight[:, :7], targets), {}), ("do not fit", (hidden, weight[0], targets), {}), ("do not fit", (hidden, weight[:0], targets), {}), ("do not fit", (hidden[0, 0, 0], weight, targets), {}),
+             ("with V at least 1", (hidden, weight[:, :7], targets), {}), ("with V at least 1", (hidden, weight[0], targets), {}), ("with V at least 1", (hidden, weight[:0], targets), {}), ("with V at least 1", (hidden[0, 0, 0], weight, targets), {}),
              ("one target for each", (hidden, weight, targets[0]), {}), ("one target for each", (hidden, weight, targets.T), {}),
              ("int64 or int32", (hidden, weight, targets.float()), {}), ("int64 or int32", (hidden, weight, targets.short()), {}),
              ("one dtype", (hidden.half(), weight, targets), {}), ("float32, bfloat16 or float16", (hidden.double(), weight.double(), targets), {}),
@@ -5654,6 +5654,12 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_made(tokens, tmp
     assert refused(call(train, capsys, monkeypatch, *given, "--kernels", "triton"), "--kernels triton", "cpu", "--kernels torch")
     assert refused(call(train, capsys, monkeypatch, *given, "--kernels", "cuda"), "--kernels", "'cuda'", "triton or torch")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_s_gradients_in_bfloat16_are_scaled_by_a_factor_that_is_not_rounded():
+    t, factor = torch.randn(9000, 7).bfloat16(), torch.tensor(1 / 30000)     # which is off by 0.14% in bfloat16
+    scaled = kernels._scale_(t.clone(), factor)
+    assert scaled.double().norm() / t.double().norm() * 30000 == pytest.approx(1, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1433,10 +1433,14 @@ def errors_command(device: torch.device, brief: bool = False) -> dict:
     torch.manual_seed(0)
     warnings.simplefilter("ignore", RuntimeWarning)                      # NumPy's, of what the interpreter computes and then masks
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32, torch.float16)
-    rows = [{"kernel": kernel, "case": case, "dtype": str(dtype)[6:], **dict(zip(("forward", "gradients"), errors_of(function, twin, tensors, **options)))}
-            for dtype in dtypes for kernel, case, function, twin, tensors, options in tqdm_of([*error_cases(device, dtype, brief or dtype != dtypes[0])], "kernels")]
-    rows += [{"kernel": "adamw_step", "case": "three steps", "dtype": str(dtype)[6:], "forward": adamw_error(device, dtype), "gradients": None} for dtype in dtypes]
-    print(f"errors against float64, ‖ours - exact‖ / ‖exact‖ ({'on ' + torch.cuda.get_device_name() if device.type == 'cuda' else 'interpreted on the CPU'})")
+    rows = []
+    for dtype in dtypes:
+        for kernel, case, function, twin, tensors, options in tqdm_of([*error_cases(device, dtype, brief or dtype != dtypes[0])], "kernels"):
+            forward, gradients = errors_of(function, twin, tensors, **options)
+            rows.append({"kernel": kernel, "case": case, "dtype": str(dtype)[6:], "forward": forward, "gradients": gradients})
+        rows.append({"kernel": "adamw_step", "case": "three steps", "dtype": str(dtype)[6:], "forward": adamw_error(device, dtype), "gradients": None})
+    where = f"on {torch.cuda.get_device_name()}" if device.type == "cuda" else "interpreted on the CPU"
+    print(f"errors against float64, ‖ours - exact‖ / ‖exact‖ ({where})")
     cases, shown = {}, lambda error: "-" if error is None else f"{error:.1e}"
     for row in rows:
         cases.setdefault((row["kernel"], row["case"]), {})[row["dtype"]] = f"{shown(row['forward'])}  {shown(row['gradients'])}"
@@ -1489,8 +1493,10 @@ def compile_jobs() -> list:
         jobs.append((f"{str(dtype)[6:]}, D 128", lambda heads=heads: _rope.plain(heads, angles, angles, False)))
         table, owners, rates = meta(300, 8, dtype=torch.int64), meta(1000, dtype=torch.int64), meta(300, 2, dtype=torch.float32)
         for aligned in (True, False):
-            jobs.append((f"{str(dtype)[6:]} parameters, {'' if aligned else 'not '}aligned", lambda aligned=aligned, p=getattr(tl, str(dtype)[6:]): launch(
-                _adamw_kernel, 1000, table, owners, rates, meta(dtype=torch.bool), 0.1, 0.05, 1e-8, 0.999, P=p, G=p, ALIGNED=aligned, CHUNK=4096, num_warps=8)))
+            what, p = f"{str(dtype)[6:]} parameters, {'' if aligned else 'not '}aligned", getattr(tl, str(dtype)[6:])
+            jobs.append((what, lambda aligned=aligned, p=p: launch(
+                _adamw_kernel, 1000, table, owners, rates, meta(dtype=torch.bool), 0.1, 0.05, 1e-8, 0.999, P=p, G=p, ALIGNED=aligned,
+                CHUNK=4096, num_warps=8)))
     return jobs
 
 
@@ -1628,7 +1634,8 @@ def time_cases():
         tensors = [random(1, 16, 16384, size) for _ in range(3)]
         peers = {"flash": sdpa("FLASH_ATTENTION"), "cuDNN": sdpa("CUDNN_ATTENTION"), "compiled": torch.compile(flash_attention_reference)}
         for way, products in ((forward_alone, 2), (both_ways, 7)):
-            yield "flash_attention", f"16 heads, S 16,384, D {size}, causal", way, flash_attention, peers, tensors, attention_operations(16384, size, 16, products), None
+            yield ("flash_attention", f"16 heads, S 16,384, D {size}, causal", way, flash_attention, peers, tensors,
+                   attention_operations(16384, size, 16, products), None)
     N, hidden, V = 32768, 4096, 128_256
     targets = torch.randint(V, (N,), device="cuda")
     plain = lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets)
@@ -1647,8 +1654,9 @@ def time_cases():
     heads, angles = random(8, 4096, 32, 128).transpose(1, 2).detach().requires_grad_(), torch.randn(4096, 64, device="cuda")
     tables = angles.cos(), angles.sin()
     for way in (forward_alone, backward_alone):
-        yield ("rope", "8 x 32 heads x 4,096 x 128", way, lambda x: rope(x, *tables),
-               {"PyTorch": lambda x: rope_reference(x, *tables), "compiled": torch.compile(lambda x: rope_reference(x, *tables))}, [heads], None, 4 * heads.numel())
+        plain = lambda x: rope_reference(x, *tables)
+        yield ("rope", "8 x 32 heads x 4,096 x 128", way, lambda x: rope(x, *tables), {"PyTorch": plain, "compiled": torch.compile(plain)},
+               [heads], None, 4 * heads.numel())
 
 
 def adamw_times() -> dict:
@@ -1667,7 +1675,8 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return {"operations": 2 * 8192 ** 3 / milliseconds(lambda: a @ b, 200) * 1000, "bytes": 2 ** 32 / milliseconds(lambda: target.copy_(source), 100) * 1000}
+    return {"operations": 2 * 8192 ** 3 / milliseconds(lambda: a @ b, 200) * 1000,
+            "bytes": 2 ** 32 / milliseconds(lambda: target.copy_(source), 100) * 1000}
 
 
 def times_command() -> dict:
@@ -1682,8 +1691,8 @@ def times_command() -> dict:
         rows.append(row)
         del contenders, tensors, peers, function
     rows.append({"kernel": "adamw_step", "case": "10⁹ float32 parameters, 304 tensors", "way": "one step", "operations": None} | adamw_times())
-    print(f"times on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; here a product of large bfloat16 matrices reaches "
-          f"{top['operations'] / 1e12:.0f} TFLOP/s, a copy {top['bytes'] / 1e12:.2f} TB/s")
+    print(f"times on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; a product of large bfloat16 "
+          f"matrices reaches {top['operations'] / 1e12:.0f} TFLOP/s, a copy {top['bytes'] / 1e12:.2f} TB/s")
     lines = [["kernel", "case", "", "ms", "rate", "of the ceiling", "the others' time over ours"]]
     for row in rows:
         kind = "operations" if row["operations"] else "bytes"
@@ -1713,13 +1722,13 @@ def sweep_command() -> dict:
                 work = unless_missing(lambda: way(function, tensors))
                 row[key], row[f"{key}_bytes"] = milliseconds(work, 30), peak_bytes(work)
             rows.append(row)
-    print(f"attention on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: 1 x 16 heads, causal, bfloat16; ms and peak memory "
-          "beyond the inputs")
+    print(f"attention on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: 1 x 16 heads, causal, "
+          "bfloat16; ms, and peak memory beyond the inputs")
     cell = lambda row, key: "out of memory" if row[key] is None else f"{row[key]:.3f}"
     lines = [["D", "S", "", "forward", "backward", "both", "TFLOP/s", "MB"]]
     for row in rows:
         rate = row["both"] and attention_operations(row["sequence_length"], row["head_size"], 16, 7) / row["both"] / 1e9
-        lines.append([str(row["head_size"]), f"{row['sequence_length']:,}", row["version"], cell(row, "forward"), cell(row, "backward"), cell(row, "both"),
+        lines.append([str(row["head_size"]), f"{row['sequence_length']:,}", row["version"], *(cell(row, key) for key in ("forward", "backward", "both")),
                       f"{rate:.1f}" if rate else "-", f"{row['both_bytes'] / 1e6:,.0f}" if row["both_bytes"] else "-"])
     print_table(lines)
     return {"sweep": rows}
@@ -1767,7 +1776,8 @@ def main():
     parser = Parser(prog="kernels.py", allow_abbrev=False, description=(
         "Check and measure the kernels. Without a command: on a GPU errors and times, elsewhere errors (interpreted) and what kernels compile to."))
     parser.add_argument("command", nargs="?", choices=("errors", "compile", "times", "sweep"), help=(
-        "errors against float64; registers, shared memory and spills on an H100 (needs no GPU); times beside PyTorch's; attention over lengths and head sizes"))
+        "errors against float64; registers, shared memory and spills on an H100 (needs no GPU); times beside PyTorch's; "
+        "attention over lengths and head sizes"))
     parser.add_argument("--json", metavar="FILE", help="write everything measured into this file too")
     args = parser.parse_args()
     try:

@@ -149,7 +149,7 @@ class Settings:
     # where
     device: str = setting(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = setting(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
-    kernels: str = setting(str, None, "triton (kernels.py's) or torch; none: triton on a GPU that has it")
+    kernels: str = setting(str, None, "triton (kernels.py's) or torch; none: triton on a GPU from Ampere on")
     recompute: bool = setting(bool, False, "keep of each layer its input alone, and compute the rest again in the backward pass")
     parallel: str = setting(str, "ddp", "what ranks share, beside the work: ddp (nothing), zero1 (optimizer state), fsdp "
                                         "(everything)")

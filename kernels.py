@@ -13,15 +13,18 @@ function with the twin's signature, which differentiates, autocasts and compiles
     loss = linear_cross_entropy(hidden, head, targets)       # (N, hidden_size), (V, hidden_size), (N)
     model = Transformer(config, ops=Ops(flash_attention, rms_norm, swiglu, rope, linear_cross_entropy))      # see model.py
 
-Where there is no GPU, or no Triton, the same names run the twins. With TRITON_INTERPRET=1 in the environment the kernels run on
-the CPU, slowly, in NumPy, so that every line can be tried anywhere.
+Where there is no GPU, or no Triton, the same names run the twins (which take more: float64, larger heads, a second backward pass).
+With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, in NumPy, in float32 and float16.
 
-    python kernels.py                # on a GPU: errors, times, GB/s and TFLOP/s beside PyTorch's own; --json FILE keeps them
-                                     # without one: the interpreter's errors, and what each kernel compiles to for an H100
+    python kernels.py                # on a GPU `errors` and `times`, without one `errors` and `compile`; --json FILE keeps the figures
+    python kernels.py errors         # each kernel against float64, interpreted where there is no GPU
+    python kernels.py compile        # what becomes of it on an H100: registers, shared memory, spills; needs none
+    python kernels.py times          # GB/s and TFLOP/s, beside PyTorch's own and torch.compile's
     python kernels.py sweep          # attention over sequence lengths and head sizes, time and memory
 
-The file needs PyTorch alone (2.6 or later), for the kernels Triton (3.2 or later), and no other file of this project. Left out:
-decoding with a cache (see sample.py), dropout inside attention, heads larger than 128, 8-bit numbers.
+The file needs PyTorch alone (2.6 or later), for the kernels Triton (3.2 or later), and no other file of this project. Limits: heads
+of 128, rows of 32,768 in rms_norm; linear_cross_entropy is differentiated once. Left out: decoding with a cache (see sample.py),
+dropout inside attention, 8-bit numbers.
 """
 import argparse
 import itertools
@@ -81,6 +84,12 @@ def check_alike(name: str, **tensors: Tensor):
     check(name, all(t.device == some[0].device for t in some), "all tensors must be on one device", **tensors)
     check(name, all(t.dtype in FLOATS or t.is_floating_point() and not fused(t) for t in some),
           "dtypes must be float32, bfloat16 or float16", **tensors)
+
+
+def check_product(name: str, dtype: torch.dtype):
+    """ValueError for what the interpreter would get wrong (seen with Triton 3.7.1: errors of 10⁹)."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        raise ValueError(f"{name}: Triton's interpreter multiplies bfloat16 matrices wrongly; take float32 or float16 with TRITON_INTERPRET=1")
 
 
 def autocasts(x: Tensor) -> bool:
@@ -188,7 +197,7 @@ def _rms_norm_backward_kernel(x, weight, dy, dx, partial, rows, x_stride, dy_str
     column = tl.arange(0, COLUMNS)[None, :]
     w = tl.load(weight + column, mask=column < N, other=0).to(tl.float32)
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # registers leave room for two programs, too few to wait for each other's reads: stages read blocks ahead
+    # two programs are all that a multiprocessor's registers hold, too few to hide how long a read takes: so it begins blocks ahead
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         inside, there, row = (row < rows) & (column < N), row < rows, row.to(tl.int64)
@@ -607,11 +616,16 @@ def _scaled(scores, scale, cap, CAP: tl.constexpr):
     return scores, factor
 
 
+GRAIN = 16                               # positions: documents are looked up by so many at a time, the smallest tile
+
+
 class Tuned:
-    """A kernel for whose tiles (M queries, N keys, warps, stages) Triton measures those that `tiles` has for the kind of call and the head's
-    size, once for each kind, and keeps the fastest. Kinds: float32, "rich" for what needs more registers (a cap, documents, lengths),
-    "plain". Eight warps read keys for twice as many queries; of four, two or three blocks share a multiprocessor, and while one multiplies
-    the other takes exponentials. None spills registers. With the interpreter: small ones, so that small inputs meet all edges."""
+    """A kernel for whose tiles (M queries, N keys, warps, stages of loads under way) Triton measures those that `tiles` has for the kind of
+    call and the head's size, and keeps the fastest for calls with the same switches, head size and dtype, and about as many keys (up to
+    1,024, 8,192, or more). Kinds: float32, "rich" for what needs more registers (a cap, documents, lengths), "plain". With eight warps
+    a program reads keys for twice as many queries; with four, two or three programs share a multiprocessor, and while one multiplies
+    the other takes exponentials. All were chosen by compiling: none spills registers. The interpreter's are small, so that small
+    inputs meet all edges."""
 
     def __init__(self, kernel, tiles: dict[tuple, list]):
         self.kernel, self.tiles, self.tuner = kernel, tiles, None
@@ -681,7 +695,7 @@ def _attention_forward(q, k, v, out, lse, ids, ranges, lengths, q_batch, q_head,
                        DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, SIZE: tl.constexpr, GRAIN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """out and log-sum-exp of M queries of one head."""
     program, tiles = tl.program_id(0), tl.cdiv(queries, M)
-    first = (tiles - 1 - program % tiles) * M                            # of causal ones the longest begin, so that the short ones fill up
+    first = (tiles - 1 - program % tiles) * M                            # the last queries see most keys, and begin; the short programs fill up
     batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
     row = first + tl.arange(0, M)
     query = row + keys - queries
@@ -871,22 +885,22 @@ def _attention_backward_kv(q, k, v, g, dk, dv, lse, delta, ids, ranges, lengths,
 def _attention_options(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float, ids: Tensor | None, lengths: Tensor | None) -> dict:
     """What a kernel is compiled for: what is off leaves no trace in it."""
     return dict(D=q.shape[-1], BLOCK_D=max(16, triton.next_power_of_2(q.shape[-1])), CAUSAL=causal, WINDOW=window > 0, CAP=softcap > 0,
-                DOCUMENTS=ids is not None, LENGTHS=lengths is not None, SIZE=(k.shape[2] > 1024) + (k.shape[2] > 8192), GRAIN=16)
+                DOCUMENTS=ids is not None, LENGTHS=lengths is not None, SIZE=(k.shape[2] > 1024) + (k.shape[2] > 8192), GRAIN=GRAIN)
 
 
 @operator
 def _ranges_of(ids: Tensor) -> Tensor:
     """See `_document_ranges`: (B, S / GRAIN, 4). An operator of its own: a compiler makes them once for all layers."""
-    batch, grains = len(ids), cdiv(ids.shape[1], 16)
+    batch, grains = len(ids), cdiv(ids.shape[1], GRAIN)
     bounds, ranges = ids.new_empty(batch, grains, 2), ids.new_empty(batch, grains, 4, dtype=torch.int32)
-    launch(_document_bounds, batch * grains, ids, bounds, ids.shape[1], GRAIN=16, num_warps=1)
-    launch(_document_ranges, batch * grains, bounds, ranges, grains, GRAIN=16, CHUNK=256)
+    launch(_document_bounds, batch * grains, ids, bounds, ids.shape[1], GRAIN=GRAIN, num_warps=1)
+    launch(_document_ranges, batch * grains, bounds, ranges, grains, GRAIN=GRAIN, CHUNK=256)
     return ranges
 
 
 @_ranges_of.register_fake
 def _(ids):
-    return ids.new_empty(len(ids), cdiv(ids.shape[1], 16), 4, dtype=torch.int32)
+    return ids.new_empty(len(ids), cdiv(ids.shape[1], GRAIN), 4, dtype=torch.int32)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -976,6 +990,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
         check(name, numbers is None or numbers.shape == shape and numbers.device == q.device and numbers.dtype in WHOLE, problem, **given)
     if not fused(q) or q.numel() == 0 or k.numel() == 0:
         return flash_attention_reference(q, k, v, causal, scale, window, softcap, document_ids, key_lengths)
+    check_product(name, q.dtype)
     if size % 16:                                                        # zeros change no score, and even rows are read 16 bytes at a time
         q, k, v = (F.pad(t, (0, -size % 16)) for t in (q, k, v))
     whole = lambda t: t if t is None or t.dtype in (torch.int32, torch.int64) else t.to(torch.int32)
@@ -1002,8 +1017,8 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
     """What `linear_cross_entropy` computes, with all logits in memory."""
     total, target_logit = linear_logsumexp_reference(hidden, weight, targets, softcap)
     counted = targets != ignore_index
-    inside = (targets >= 0) & (targets < len(weight))
-    losses = (total - target_logit + z_loss * total.square()).where(inside, float("nan"))
+    outside = counted & ((targets < 0) | (targets >= len(weight)))
+    losses = (total - target_logit + z_loss * total.square()) * torch.ones_like(total).masked_fill(outside, float("nan"))
     return losses.where(counted, 0).sum() / counted.sum()
 
 
@@ -1018,19 +1033,19 @@ def linear_logsumexp_reference(hidden: Tensor, weight: Tensor, targets: Tensor, 
 
 
 @jit
-def _cross_entropy(logits, targets, lse, target_logit, pull, push, padded, vocabulary, cap, z_loss, CAP: tl.constexpr,
+def _cross_entropy(logits, targets, lse, target_logit, g_lse, g_target, padded, vocabulary, cap, z_loss, CAP: tl.constexpr,
                    GRADIENT: tl.constexpr, LANES: tl.constexpr):
-    """Log-sum-exp and target's logit of one row of logits (-inf for a target that is not among them). With GRADIENT the row becomes
-    pull · (1 + 2 z_loss lse) · softmax + push · onehot, times the cap's slope; a row that nothing pulls becomes zeros, unread.
+    """Log-sum-exp and target's logit of one row of logits (-inf for a target that is not among them). With GRADIENT the row becomes, in place,
+    (g_lse · (1 + 2 z_loss lse) · softmax + g_target · onehot) times the cap's slope; zeros, unread, where both gradients are zero.
     Rows are `padded` elements apart, a multiple of 64, so that no load is cut off within its 16 bytes."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * padded
     lanes = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]  # eight neighbours a thread: 16 bytes of bfloat16, one load
     factor = 1.4426950408889634                                          # log2 e
-    row_pull, row_push = 1.0, 0.0
+    row_g_lse, row_g_target = 1.0, 0.0
     if GRADIENT:
-        row_pull, row_push = tl.load(pull + row), tl.load(push + row)
-    if (row_pull == 0) & (row_push == 0):
+        row_g_lse, row_g_target = tl.load(g_lse + row), tl.load(g_target + row)
+    if (row_g_lse == 0) & (row_g_target == 0):
         for start in range(0, padded, 8 * LANES):
             tl.store(logits + start + lanes, tl.zeros((LANES, 8), logits.dtype.element_ty), mask=start + lanes < padded)
         tl.store(lse + row, 0.0)
@@ -1054,11 +1069,11 @@ def _cross_entropy(logits, targets, lse, target_logit, pull, push, padded, vocab
         tl.store(target_logit + row, tl.where(inside, target_z, float("-inf")))
         if GRADIENT:
             tl.debug_barrier()                                           # every thread has the target's logit before one overwrites it
-            row_pull *= 1 + 2 * z_loss * row_lse
+            row_g_lse *= 1 + 2 * z_loss * row_lse
             for start in range(0, padded, 8 * LANES):
                 at, held = logits + start + lanes, start + lanes < padded
                 z = _capped(tl.load(at, mask=held, other=0.0).to(tl.float32), cap, CAP)
-                gradient = row_pull * tl.exp2((z - row_lse) * factor) + tl.where(start + lanes == target, row_push, 0.0)
+                gradient = row_g_lse * tl.exp2((z - row_lse) * factor) + tl.where(start + lanes == target, row_g_target, 0.0)
                 if CAP:
                     gradient *= 1 - z * z / (cap * cap)                  # of cap · tanh(x / cap): 1 - tanh²
                 tl.store(at, gradient.to(logits.dtype.element_ty), mask=held)
@@ -1100,10 +1115,10 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor):
            num_warps=4, num_stages=3)
 
 
-def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, pull: Tensor | None = None,
-                  push: Tensor | None = None, z_loss: float = 0.0, for_x: bool = False, for_weight: bool = False) -> tuple[Tensor, ...]:
+def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, g_lse: Tensor | None = None,
+                  g_target: Tensor | None = None, z_loss: float = 0.0, for_x: bool = False, for_weight: bool = False) -> tuple[Tensor, ...]:
     """Of x (N, hidden_size) and weight (V, hidden_size): log-sum-exp and target's logit of each position (N), and for those that want it
-    what gradients pull · (1 + 2 z_loss lse) · softmax + push · onehot of the logits give to x and, in float32, to weight."""
+    what gradients g_lse · (1 + 2 z_loss lse) · softmax + g_target · onehot of the logits give to x and, in float32, to weight."""
     w, (count, vocabulary) = weight.to(dtype), (len(x), len(weight))
     rows = min(count, max(512, 64 * cdiv(count, 768)))                   # a twelfth of the positions, or 512
     padded = 64 * cdiv(vocabulary, 64)
@@ -1116,8 +1131,8 @@ def _through_head(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dt
         part, n = slice(i, i + rows), min(rows, count - i)
         x_part, z = x[part].to(dtype), logits[:n, :vocabulary]
         torch.mm(x_part, w.T, out=z)
-        pulls = (pull[part], push[part]) if gradient else (None, None)
-        launch(_cross_entropy, n, z, targets[part], lse[part], target_logit[part], *pulls, padded, vocabulary, softcap, z_loss,
+        gradients = (g_lse[part], g_target[part]) if gradient else (None, None)
+        launch(_cross_entropy, n, z, targets[part], lse[part], target_logit[part], *gradients, padded, vocabulary, softcap, z_loss,
                CAP=softcap > 0, GRADIENT=gradient, LANES=16 if INTERPRETED else 512, num_warps=16)
         if for_x:
             dx[part] = z @ w
@@ -1134,9 +1149,9 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_ind
     counted = targets != ignore_index
     count = counted.sum(dtype=torch.float32)
     # a target outside the vocabulary makes everything NaN that it would have touched
-    pull = counted.float().masked_fill(counted & ((targets < 0) | (targets >= len(weight))), float("nan"))
-    lse, target_logit, dx, dw = _through_head(x, weight, targets, softcap, dtype, pull, -pull, z_loss, for_x, for_weight)
-    losses = pull * (lse - target_logit + z_loss * lse.square())
+    g_lse = counted.float().masked_fill(counted & ((targets < 0) | (targets >= len(weight))), float("nan"))
+    lse, target_logit, dx, dw = _through_head(x, weight, targets, softcap, dtype, g_lse, -g_lse, z_loss, for_x, for_weight)
+    losses = g_lse * (lse - target_logit + z_loss * lse.square())
     return losses.where(counted, 0).sum() / count, 1 / count.clamp(min=1), dx, dw
 
 
@@ -1233,6 +1248,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     _check_head("linear_cross_entropy", hidden, weight, targets, softcap)
     if not fused(hidden) or hidden.numel() == 0:
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index, softcap, z_loss)
+    check_product("linear_cross_entropy", autocast_dtype(weight))
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     x, y = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
     return _linear_cross_entropy(x, weight.contiguous(), y, ignore_index, float(softcap or 0), float(z_loss), autocast_dtype(weight), *wanted)[0]
@@ -1248,6 +1264,7 @@ def linear_logsumexp(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: f
     _check_head("linear_logsumexp", hidden, weight, targets, softcap)
     if not fused(hidden) or hidden.numel() == 0:
         return linear_logsumexp_reference(hidden, weight, targets, softcap)
+    check_product("linear_logsumexp", autocast_dtype(weight))
     x, y = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
     parts = _linear_logsumexp(x, weight.contiguous(), y, float(softcap or 0), autocast_dtype(weight))
     return parts[0].view(targets.shape), parts[1].view(targets.shape)
@@ -1279,6 +1296,9 @@ def _check_adamw(params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, s
     lengths = [len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, steps)]
     if len(set(lengths)) != 1:
         raise ValueError(f"adamw_step: params, grads, exp_avgs, exp_avg_sqs and steps must be of one length; given {lengths}")
+    strange = [type(t).__name__ for some in (params, grads, exp_avgs, exp_avg_sqs, steps) for t in some if not isinstance(t, Tensor)]
+    if strange:
+        raise ValueError(f"adamw_step: the lists must hold tensors; given a {strange[0]} (leave out parameters without a gradient)")
     check("adamw_step", skip is None or not params or skip.dtype == torch.bool and skip.dim() == 0 and skip.device == params[0].device,
           "skip must be a bool without dimensions, on the parameters' device", **({} if skip is None else {"skip": skip, "param": (*params, skip)[0]}))
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
@@ -1352,7 +1372,7 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
         rows = [(*row, end - row[-1]) for row, end in zip(rows, ends)]
         # from pinned memory, or the host would wait for the copy
         table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=p.is_cuda).to(p.device, non_blocking=True)
-        # whose chunk each program's is, made on the device: a large model has a million
+        # which tensor each program's chunk belongs to; made on the device, as a large model has a million chunks
         programs = sum(row[-2] for row in rows)
         owners = torch.repeat_interleave(table[:, 6], output_size=programs)
         launch(_adamw_kernel, programs, table, owners, rates, skip, 1.0 - beta1, 1.0 - beta2, float(eps), 1.0 - lr * weight_decay,
@@ -1475,8 +1495,8 @@ def compile_jobs() -> list:
 
     def head(what, dtype, vocabulary, gradient, cap, z_loss):
         x, weight, targets = meta(512, 4096, dtype=dtype), meta(vocabulary, 4096, dtype=dtype), meta(512, dtype=torch.int64)
-        pull = meta(512, dtype=torch.float32) if gradient else None
-        jobs.append((what, lambda: _through_head(x, weight, targets, cap, dtype, pull, pull, z_loss, gradient, gradient)))
+        g_lse = meta(512, dtype=torch.float32) if gradient else None
+        jobs.append((what, lambda: _through_head(x, weight, targets, cap, dtype, g_lse, g_lse, z_loss, gradient, gradient)))
 
     head("bfloat16, V 128,256", torch.bfloat16, 128_256, True, 0.0, 0.0)
     head("bfloat16, V 50,257, capped, z-loss", torch.bfloat16, 50_257, True, 30.0, 1e-4)
@@ -1517,7 +1537,7 @@ def describe(kernel, what: str) -> dict:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"kernel": kernel.src.fn.__name__.strip("_"), "what": what, "tile": " x ".join(str(constants[key]) for key in "MN" if key in constants),
+    return {"kernel": kernel.src.fn.__name__.strip("_"), "what": what, "tile": " x ".join(str(constants[key]) for key in "MN" if "M" in constants),
             "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "registers": usage["REG"],
             "stack_bytes": usage["STACK"] + usage["LOCAL"], "shared_bytes": kernel.metadata.shared,
             "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "mma": kernel.asm["ptx"].count("mma.sync"), "dots": kernel.asm["ttir"].count("tt.dot")}
@@ -1738,8 +1758,11 @@ def sweep_command() -> dict:
 # The command line
 
 def tqdm_of(work, unit: str, total: int | None = None):
-    """A progress bar where someone looks at one."""
-    from tqdm import tqdm
+    """A progress bar, where someone looks at one and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return work
     return tqdm(work, total=total, desc=unit, leave=False, disable=None)
 
 
@@ -1773,11 +1796,14 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     """Check and measure the kernels."""
-    parser = Parser(prog="kernels.py", allow_abbrev=False, description=(
-        "Check and measure the kernels. Without a command: on a GPU errors and times, elsewhere errors (interpreted) and what kernels compile to."))
-    parser.add_argument("command", nargs="?", choices=("errors", "compile", "times", "sweep"), help=(
-        "errors against float64; registers, shared memory and spills on an H100 (needs no GPU); times beside PyTorch's; "
-        "attention over lengths and head sizes"))
+    parser = Parser(prog="kernels.py", allow_abbrev=False, description="Check and measure the kernels.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=(
+                        "errors   each kernel against its twin in float64; interpreted where there is no GPU\n"
+                        "compile  registers, shared memory and spills on an H100; needs no GPU\n"
+                        "times    on a GPU, beside PyTorch's and torch.compile's\n"
+                        "sweep    on a GPU, attention over lengths and head sizes, time and memory"))
+    parser.add_argument("command", nargs="?", choices=("errors", "compile", "times", "sweep"), metavar="command", help=(
+        "one of those below; none: errors, then times on a GPU, or compile without one"))
     parser.add_argument("--json", metavar="FILE", help="write everything measured into this file too")
     args = parser.parse_args()
     try:
@@ -1785,13 +1811,18 @@ def main():
             raise ValueError("Triton is not installed, so that there are only the twins; pip install triton (on Linux)")
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+        if args.json and Path(args.json).is_dir():
+            raise ValueError(f"--json {args.json} is a folder; name a file")
         gpu = torch.cuda.is_available() and not INTERPRETED
         if args.command in ("times", "sweep") and not gpu:
             raise ValueError(f"{args.command} needs a GPU" + (", and no TRITON_INTERPRET" if INTERPRETED else "; `errors` and `compile` do without"))
         device = torch.device("cuda" if gpu else "cpu")
         results = {"machine": {"gpu": torch.cuda.get_device_name() if gpu else None, "torch": torch.__version__, "triton": triton.__version__}}
         for command in [args.command] if args.command else ["errors", "times"] if gpu else ["errors", "compile"]:
-            if command == "errors" and not gpu and not INTERPRETED or command == "compile" and INTERPRETED:
+            away = command == "errors" and not (gpu or INTERPRETED) or command == "compile" and INTERPRETED
+            if not args.command and not away:
+                print(f"{'' if command == 'errors' else chr(10)}$ python kernels.py {command}", flush=True)
+            if away:
                 results[command] = elsewhere(command, interpret=command == "errors")[command]
             elif command == "errors":
                 results |= errors_command(device, brief=gpu and not args.command)

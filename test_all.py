@@ -5458,6 +5458,7 @@ def test_linear_cross_entropy_takes_an_eighth_of_the_plain_version_s_memory_at_a
     hidden, weight, targets = make(positions, 4096).requires_grad_(), make(128256, 4096).requires_grad_(), make(positions, dtype=torch.long)
     monkeypatch.setattr(kernels, "fused", lambda tensor: True)
     monkeypatch.setattr(kernels, "autocast_dtype", lambda tensor: torch.bfloat16)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
 
     def plain():
         loss = kernels.linear_cross_entropy_reference(hidden.bfloat16(), weight.bfloat16(), targets)
@@ -5623,6 +5624,31 @@ def test_training_by_fused_kernels_is_that_by_plain_ones_accumulated_and_on_two_
 
 
 @interpreted
+def test_products_that_the_interpreter_gets_wrong_are_refused():
+    q, x, y = torch.randn(1, 1, 3, 16).bfloat16(), torch.randn(3, 4), torch.arange(3)
+    assert fails("flash_attention: .*bfloat16.*float32 or float16", flash_attention, q, q, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fails("linear_cross_entropy: .*bfloat16", kernels.linear_cross_entropy, x, x, y)
+        assert fails("linear_logsumexp: .*bfloat16", kernels.linear_logsumexp, x, x, y)
+    assert kernels.swiglu(q, q).dtype == torch.bfloat16                      # what multiplies no matrices may
+
+
+@interpreted
+@pytest.mark.parametrize("interpret", [True, False])
+def test_a_target_outside_the_vocabulary_makes_gradients_nan_by_kernel_and_by_twin(monkeypatch, interpret):
+    monkeypatch.setattr(kernels, "INTERPRETED", interpret)
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    kernels.linear_cross_entropy(hidden, weight, torch.tensor([1, -100, 5, 0])).backward()
+    assert hidden.grad.isnan().all(1).tolist() == [False, False, True, False] and weight.grad.isnan().all()
+
+
+@interpreted
+def test_parameters_without_gradients_are_named():
+    p, step = torch.zeros(2), torch.zeros(())
+    assert fails("adamw_step: .*NoneType.*without a gradient", kernels.adamw_step, [p], [None], [p.clone()], [p.clone()], [step], 1e-3, 0.9, 0.99, 1e-8, 0.0)
+
+
+@interpreted
 def test_fused_adamw_is_the_plain_one_s_update_in_groups_with_and_without_decay():
     torch.manual_seed(0)
     start = [torch.randn(7, 5), torch.randn(3)]
@@ -5728,6 +5754,7 @@ def test_the_tables_of_times_hold_every_kernel_its_peers_and_what_does_not_fit(t
 def test_what_the_command_cannot_do_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     assert refused(call(kernels, capsys, monkeypatch, "times"), "times", "needs a GPU") or torch.cuda.is_available()
     assert refused(call(kernels, capsys, monkeypatch, "errors", "--json", tmp_path / "no" / "x.json"), "--json", "no folder")
+    assert refused(call(kernels, capsys, monkeypatch, "errors", "--json", tmp_path), "--json", "is a folder")
     assert refused(call(kernels, capsys, monkeypatch, "erors"), "erors")
     monkeypatch.setattr(kernels, "triton", None)
     assert refused(call(kernels, capsys, monkeypatch), "Triton is not installed", "pip install triton")

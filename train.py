@@ -148,7 +148,7 @@ class Settings:
     device: str = flag(str, None, "cuda, mps or cpu; none: the first of these that is there")
     dtype: str = flag(str, None, "bfloat16 or float32 for matrix products; none: what the device is faster in")
     compile: bool = flag(bool, None, "compile the model with torch.compile")
-    kernels: str = flag(str, None, "triton (kernels.py's) or torch; none: triton on a GPU that has it")
+    kernels: str = flag(str, None, "triton (kernels.py's) or torch; none: triton on a GPU from Ampere on")
     recompute: bool = flag(bool, None, "keep of each layer its input alone, and compute the rest again in the backward pass")
     workers: int = flag(int, None, "processes that tokenize; none: all cores")
     parallel: str = flag(str, "ddp", "what ranks share, beside the batch: ddp (nothing), zero1 (optimizer state), fsdp (everything)")
@@ -946,7 +946,7 @@ def operations(choice: str | None, device: torch.device) -> Ops | None:
     """kernels.py's operations, by `choice` or where the device runs them; None for model.py's own. ValueError if they cannot run."""
     able = kernels.fused(torch.empty(0, device=device))
     if choice == "triton" and not able:
-        raise ValueError(f"--kernels triton needs a GPU and the package triton, and this runs on {device.type}"
+        raise ValueError(f"--kernels triton needs a GPU (or TRITON_INTERPRET=1, slowly) and the package triton, and this runs on {device.type}"
                          + (" without it" if kernels.triton is None else "") + "; take --kernels torch")
     if choice == "torch":
         return None

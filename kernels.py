@@ -175,6 +175,7 @@ def multiprocessors(device: torch.device) -> int:
 #     with g = dy w:      dx = r (g - x r mean(g x r))      dw = Σ over rows of dy x r
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `rms_norm` computes."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(autocast_dtype(x))
 
@@ -289,6 +290,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # SwiGLU, s = sigmoid(gate):   y = gate s up      dgate = dy up s (1 + gate (1 - s))      dup = dy gate s
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """What `swiglu` computes."""
     return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
 
 
@@ -364,6 +366,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # A turn's transpose is the turn back, so the backward pass is the same kernel with -sin.
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `rope` computes."""
     first, second = wide(x).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -1283,6 +1286,7 @@ def _bias_correction(beta: float, t: Tensor) -> Tensor:
 def adamw_step_reference(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
                          steps: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
                          skip: Tensor | None = None):
+    """What `adamw_step` does, tensor by tensor."""
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         t, g = step + 1, g.float()
         new_m, new_v = m.lerp(g, 1 - beta1), v.lerp(g.square(), 1 - beta2)

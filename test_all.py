@@ -5764,8 +5764,12 @@ def test_what_the_command_cannot_do_is_said_in_a_line(tmp_path, capsys, monkeypa
 def compiling(tmp_path_factory):
     """`python kernels.py compile`, under way beside the tests that come before the one that wants its end. Compiled anew."""
     folder, without = tmp_path_factory.mktemp("compiled"), {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return folder, subprocess.Popen(["nice", sys.executable, HERE / "kernels.py", "compile", "--json", folder / "rows.json"], stdout=subprocess.PIPE,
-                                    stderr=subprocess.STDOUT, text=True, cwd=folder, env={**without, "TRITON_CACHE_DIR": str(folder / "cache")})
+    process = subprocess.Popen(["nice", sys.executable, HERE / "kernels.py", "compile", "--json", folder / "rows.json"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, cwd=folder, env={**without, "TRITON_CACHE_DIR": str(folder / "cache")},
+                               start_new_session=True)
+    yield folder, process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)                               # with its workers, if nobody waited for it
 
 
 def test_every_kernel_compiles_for_an_h100_by_wgmma_without_spills_in_its_shared_memory(compiling):
@@ -9678,9 +9682,11 @@ def serving(engine, **settings):
     with sample.Server(engine, "tiny", port=0, log=False, **settings) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="module")

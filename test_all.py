@@ -4565,7 +4565,7 @@ def test_swiglu_reads_halves_of_one_product_and_transposes():
 
 @interpreted
 @pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)
-@pytest.mark.parametrize("heads, positions, size", [(1, 1, 2), (3, 5, 16), (6, 40, 64), (5, 3, 80), (2, 3, 128)])
+@pytest.mark.parametrize("heads, positions, size", [(1, 1, 2), (6, 20, 64), (5, 3, 80)])
 def test_rope_and_its_gradient_are_the_formula_s(heads, positions, size, dtype):
     for x in (torch.randn(2, positions, heads, size).to(dtype).transpose(1, 2), torch.randn(2, heads, positions, size).to(dtype)):
         check_kernel(kernels.rope, rope_formula, [x], *rope_angles(positions, size // 2))
@@ -4924,7 +4924,7 @@ def test_attention_in_float16_is_as_exact_as_float16():
 
 
 @interpreted
-@pytest.mark.parametrize("window, causal", [(1, True), (5, True), (16, True), (40, True), (1000, True), (7, False), (17, False), (1000, False)])
+@pytest.mark.parametrize("window, causal", [(5, True), (16, True), (40, True), (1000, True), (17, False)])
 def test_attention_with_a_window_sees_so_many_latest_positions(window, causal):
     check_attention(qkv(1, 1, 1, 45, 53, 16), window=window, causal=causal)
 
@@ -5091,14 +5091,12 @@ def test_attention_never_touches_tiles_that_are_masked_whole():
             assert deviation(a[:, :, part], b[:, :, part]) < 1e-5
 
 
-@pytest.mark.parametrize("queries, keys, options", [
-    (96, 96, {}), (64, 64, dict(causal=False)), (70, 86, {}), (70, 70, dict(causal=False)), (64, 96, dict(window=40)),
-    (96, 96, dict(window=50, causal=False)), (96, 96, dict(document_ids=torch.tensor([[0] * 16 + [1] * 54 + [2] * 26]))),
-    (96, 96, dict(causal=False, document_ids=torch.tensor([[9] * 16 + [4] * 54 + [2] * 26]))), (64, 64, dict(key_lengths=torch.tensor([37]))),
-    (64, 64, dict(causal=False, key_lengths=torch.tensor([0]))), (33, 47, {}), (40, 41, {}), (49, 49, {}),
-    *((64, 64, dict(window=window)) for window in (2, 15, 18, 47))],
-    ids="causal full odd odd-full window window-full documents documents-full lengths nothing offset-14 offset-1 one-more window-2 window-15 window-18 window-47".split())
 @interpreted
+@pytest.mark.parametrize("queries, keys, options", [
+    (96, 96, {}), (70, 70, dict(causal=False)), (64, 96, dict(window=40)), (96, 96, dict(window=50, causal=False)),
+    (96, 96, dict(document_ids=torch.tensor([[0] * 16 + [1] * 54 + [2] * 26]))), (64, 64, dict(key_lengths=torch.tensor([37]))),
+    (64, 64, dict(causal=False, key_lengths=torch.tensor([0]))), (33, 47, {}), (49, 49, {}), *((64, 64, dict(window=window)) for window in (15, 18))],
+    ids="causal full window window-full documents lengths nothing offset-14 one-more window-15 window-18".split())
 def test_attention_visits_tiles_in_which_anything_is_visible_once_and_masks_those_in_which_not_all_is(queries, keys, options, monkeypatch):
     counts = {}
     for name, transposed in (("_attend", False), ("_query_step", False), ("_key_step", True)):
@@ -5590,15 +5588,13 @@ FUSED = Ops(kernels.flash_attention, kernels.rms_norm, kernels.swiglu, kernels.r
 
 
 @interpreted
-@pytest.mark.parametrize("variant, changes", [("qwen3", {"sliding_window": 4, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}), ("mixtral", {})])
-def test_a_model_with_fused_operations_is_one_graph_and_has_the_plain_one_s_loss_and_gradients(variant, changes):
-    plain = small(variant, **changes)
+def test_a_model_with_fused_operations_is_one_graph_and_has_the_plain_one_s_loss_and_gradients():
+    plain = small("qwen3", sliding_window=4, final_logit_softcapping=2.0, tie_word_embeddings=True)
     fused = Transformer(plain.config, FUSED)
     fused.load_state_dict(plain.state_dict())
     tokens, documents = torch.randint(plain.config.vocab_size, (2, 13)), torch.tensor([5, 8]).new_tensor([0] * 5 + [1] * 8).expand(2, 13)
     results = []
-    # experts' product is no part of a graph in float32
-    for model in plain, fused if variant == "mixtral" else torch.compile(fused, fullgraph=True, backend="aot_eager"):
+    for model in plain, torch.compile(fused, fullgraph=True, backend="aot_eager"):
         loss = model(tokens[:, :-1], tokens[:, 1:], document_ids=documents[:, :-1], z_loss=0.01)
         loss.backward()
         results.append(loss.item())
@@ -5609,8 +5605,8 @@ def test_a_model_with_fused_operations_is_one_graph_and_has_the_plain_one_s_loss
 
 def short_runs(tokens, out, kind, *more):
     """Two steps by the kernels of a kind, each in passes whose gradients add up."""
-    settings, _ = train.parse(["--data", str(tokens), "--out", str(out), "--steps", "2", "--eval_every", "2", "--final_eval_tokens", "16", *SHAPE,
-                               "--batch_tokens", "64", "--sequence_length", "16", "--micro_batch_size", "1", "--optimizer", "adamw",
+    settings, _ = train.parse(["--data", str(tokens), "--out", str(out), "--steps", "2", "--eval_every", "2", "--final_eval_tokens", "8", *SHAPE,
+                               "--batch_tokens", "32", "--sequence_length", "8", "--micro_batch_size", "1", "--optimizer", "adamw",
                                "--num_hidden_layers", "1", "--kernels", kind, *more])
     train.train(settings)
 
@@ -5762,11 +5758,10 @@ def test_what_the_command_cannot_do_is_said_in_a_line(tmp_path, capsys, monkeypa
 
 @pytest.fixture(scope="session")
 def compiling(tmp_path_factory):
-    """`python kernels.py compile`, under way beside the tests that come before the one that wants its end. Compiled anew."""
+    """`python kernels.py compile`, under way beside the tests that come before the one that wants its end."""
     folder, without = tmp_path_factory.mktemp("compiled"), {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.Popen(["nice", sys.executable, HERE / "kernels.py", "compile", "--json", folder / "rows.json"], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, cwd=folder, env={**without, "TRITON_CACHE_DIR": str(folder / "cache")},
-                               start_new_session=True)
+                               stderr=subprocess.STDOUT, text=True, cwd=folder, env=without, start_new_session=True)
     yield folder, process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)                               # with its workers, if nobody waited for it

@@ -1275,8 +1275,8 @@ def resolve(settings: Settings, device: torch.device) -> Settings:
     for name in (*shares, *betas):
         if getattr(s, name) > 1 or getattr(s, name) == 1 and name in betas:
             raise ValueError(f"--{name} is {getattr(s, name)}; it must lie between 0 and 1")
-    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"), "kernels": (None, "triton", "torch"),
-                          "parallel": ("ddp", "zero1", "fsdp")}.items():
+    for name, choices in {"schedule": ("cosine", "wsd"), "optimizer": ("muon", "adamw"), "dtype": (None, "bfloat16", "float32"),
+                          "kernels": (None, "triton", "torch"), "parallel": ("ddp", "zero1", "fsdp")}.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"--{name} is {getattr(s, name)!r}; it must be {' or '.join(filter(None, choices))}")
     operations(s.kernels, device)                                        # before anything is made
@@ -1561,7 +1561,7 @@ def train(settings: Settings, saved: dict | None = None) -> Path | None:
         f"batch    {batch} sequences of {length} tokens: {ranks.data_count} rank(s) x {batch // ranks.data_count // micro} forward "
         f"pass(es) x {micro}\n"
         + (f"ranks    {ranks.count}: {s.parallel} over {ranks.data_count}, matrices divided over {s.tensor_parallel}\n" if ranks.count > 1 else "") +
-        f"machine  {device.type}, {args['dtype']}, {'kernels.py, ' if setup.model.ops != Ops() else ''}{peak / 1e12:.3g} TFLOP/s at best\n"
+        f"machine  {device.type}, {args['dtype']}, {'kernels.py, ' if operations(s.kernels, device) else ''}{peak / 1e12:.3g} TFLOP/s at best\n"
         f"budget   " + (f"{total:g} seconds" if by_clock else f"{total} steps, {human(sequences_in(s, total, batch) * length)} tokens")
         + f", from step {step}; run folder {out}", flush=True)
 
